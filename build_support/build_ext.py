@@ -1,0 +1,251 @@
+"""The setuptools command that turns csrc/ into fused_elbo/_C.abi3.so.
+
+torch.utils.cpp_extension is not used: its CUDAExtension refuses a CPU-only torch, and it imports torch.
+
+- csrc/cpu/kernels_*.cpp: once per ISA level, the level's name in the macro FUSED_ELBO_ISA.
+- csrc/cpu/*.cpp otherwise, and csrc/*.cpp: once, for the oldest processor. Only the latter see torch's headers.
+- csrc/cuda/*.cu: by nvcc, if there is one. The finished object loads on a torch without CUDA as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError, PlatformError
+
+from build_support.compile import Job, JobFailed, compile_all
+from build_support.nvcc import Nvcc, NvccError, arch_flags, choose_archs, find_nvcc
+from build_support.torch_paths import TARGET_MACRO, TARGET_TEXT, TorchPaths, find_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD_INFO = "_build_info.json"
+
+# From the oldest up. The linker keeps the first copy of an inline function that several objects define, and only the
+# copy of the oldest level runs everywhere.
+ISA_LEVELS = {
+    "x86_64": {
+        level: [f"-march=x86-64-{level}", "-mprefer-vector-width=512"]
+        for level in ("v2", "v3", "v4")
+    },
+    "aarch64": {"generic": ["-march=armv8-a"]},
+}
+COMMON_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Not -ffast-math: it drops NaN handling, and at link time turns on flush-to-zero for the whole process.
+KERNEL_FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """What nvcc is going to compile, or why it is not."""
+
+    nvcc: Nvcc | None = None
+    archs: Sequence[str] = ()
+    note: str | None = None
+    jobs: Sequence[Job] = field(default=())
+
+
+class BuildExtension(build_ext):
+    """Compiles what changed, links one abi3 shared object and records beside it what is inside."""
+
+    def build_extension(self, ext: object) -> None:
+        if platform.system() != "Linux" or platform.machine() not in ISA_LEVELS:
+            raise PlatformError(
+                f"fused-elbo: builds on Linux on x86-64 and aarch64, not on {platform.system()} {platform.machine()}"
+            )
+        self.torch = find_torch()
+        self.cxx = find_cxx()
+        self.objects = ROOT / "build" / "objects"
+        mode = os.environ.get("FUSED_ELBO_CUDA", "")
+
+        cuda = self.plan_cuda(mode)
+        host = self.host_jobs(with_cuda=bool(cuda.jobs))
+        try:
+            compile_all([*cuda.jobs, *host])
+        except JobFailed as failure:
+            if not failure.job.is_cuda or mode == "1":
+                raise
+            print(failure, file=sys.stderr)
+            cuda = CudaPlan(
+                note=f"nvcc failed to compile {failure.job.source.name} when this was built"
+            )
+            host = self.host_jobs(with_cuda=False)
+            compile_all(host)
+        if cuda.note:
+            print(
+                f"fused-elbo: no CUDA kernels: {cuda.note}. FUSED_ELBO_CUDA=1 makes this an error.",
+                flush=True,
+            )
+
+        extension = Path(self.get_ext_fullpath("fused_elbo._C"))
+        extension.parent.mkdir(parents=True, exist_ok=True)
+        self.link(extension, host, cuda)
+        self.write_build_info(extension.with_name(BUILD_INFO), cuda)
+
+    def plan_cuda(self, mode: str) -> CudaPlan:
+        if mode not in ("", "0", "1"):
+            raise PlatformError(f"fused-elbo: FUSED_ELBO_CUDA must be 0 or 1, got {mode!r}")
+        if mode == "0":
+            return CudaPlan(note="FUSED_ELBO_CUDA=0 when this was built")
+        try:
+            nvcc = find_nvcc()
+            nvcc.library_dir()
+            archs = choose_archs(os.environ.get("FUSED_ELBO_CUDA_ARCHS"), nvcc.supported_archs())
+        except NvccError as error:
+            if mode == "1":
+                raise PlatformError(f"fused-elbo: FUSED_ELBO_CUDA=1, but {error}") from error
+            return CudaPlan(note=str(error))
+        return CudaPlan(nvcc, archs, None, self.cuda_jobs(nvcc, archs))
+
+    def cuda_jobs(self, nvcc: Nvcc, archs: Sequence[str]) -> list[Job]:
+        compiler = [
+            str(nvcc.path),
+            *(["-ccbin", self.cxx[0]] if "CXX" in os.environ else []),
+            *["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"],
+            *nvcc.compression_flags(),
+            *arch_flags(archs),
+            f"-I{ROOT / 'csrc'}",
+        ]
+        toolchain = f"nvcc {nvcc.version_text}"
+        return [
+            Job(source, self.objects / f"cuda.{source.stem}.o", compiler, toolchain, is_cuda=True)
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        ]
+
+    def host_jobs(self, with_cuda: bool) -> list[Job]:
+        levels = ISA_LEVELS[platform.machine()]
+        baseline = next(iter(levels.values()))
+        toolchain = version_line(self.cxx)
+        includes = [f"-I{ROOT / 'csrc'}"]
+        common = [*self.cxx, *COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+        torch = [
+            *[
+                "-std=c++20",
+                f"-DTORCH_TARGET_VERSION={TARGET_MACRO}",
+                "-DPy_LIMITED_API=0x030a0000",
+            ],
+            *(["-DFUSED_ELBO_WITH_CUDA"] if with_cuda else []),
+            *["-isystem", str(self.torch.include), "-isystem", sysconfig.get_path("include")],
+        ]
+        tag = "cuda" if with_cuda else "cpu-only"
+        jobs = [
+            Job(
+                source,
+                self.objects / f"torch.{source.stem}.{tag}.o",
+                [*common, *baseline, *includes, *torch],
+                f"{toolchain}, torch {self.torch.version}",
+            )
+            for source in sorted((ROOT / "csrc").glob("*.cpp"))
+        ]
+        sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        kernels = [source for source in sources if source.stem.startswith("kernels_")]
+        for source in sources:
+            if source not in kernels:
+                compiler = [*common, *baseline, *KERNEL_FLAGS, *includes]
+                jobs.append(Job(source, self.objects / f"cpu.{source.stem}.o", compiler, toolchain))
+        for level, flags in levels.items():
+            compiler = [*common, *flags, *KERNEL_FLAGS, f"-DFUSED_ELBO_ISA={level}", *includes]
+            jobs += [
+                Job(source, self.objects / f"cpu.{source.stem}.{level}.o", compiler, toolchain)
+                for source in kernels
+            ]
+        return jobs
+
+    def link(self, extension: Path, host: Sequence[Job], cuda: CudaPlan) -> None:
+        partial = extension.with_suffix(f".{os.getpid()}.tmp")
+        command = [
+            *[*self.cxx, "-shared", "-o", str(partial)],
+            *[str(job.object) for job in [*host, *cuda.jobs]],
+            f"-L{self.torch.lib}",
+            # Without libtorch itself among the needed libraries, the weak reference to the function that tells torch's
+            # current CUDA stream stays null on a torch that has it.
+            *["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"],
+            *["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-O1"],
+            *shlex.split(os.environ.get("LDFLAGS", "")),
+        ]
+        if cuda.nvcc:
+            command += [
+                f"-L{cuda.nvcc.library_dir()}",
+                "-lcudart_static",
+                "-ldl",
+                "-lrt",
+                "-lpthread",
+            ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            raise LinkError(
+                f"linking {extension.name} failed:\n{shlex.join(command)}\n{done.stdout}"
+            )
+        partial.replace(extension)
+
+    def write_build_info(self, file: Path, cuda: CudaPlan) -> None:
+        info = {
+            "version": self.distribution.get_version(),
+            "machine": platform.machine(),
+            "compiler": version_line(self.cxx),
+            "isa_levels": list(ISA_LEVELS[platform.machine()]),
+            "torch": self.torch.version,
+            "torch_target": TARGET_TEXT,
+            "nvcc": cuda.nvcc.version_text if cuda.nvcc else None,
+            "cuda_archs": list(cuda.archs),
+            "cuda_note": cuda.note,
+        }
+        file.write_text(json.dumps(info, indent=2) + "\n")
+
+    # setuptools knows of the shared object alone; its build info goes wherever it goes.
+
+    def _info_beside(self, extension: str) -> str:
+        return str(Path(extension).with_name(BUILD_INFO))
+
+    def get_outputs(self) -> list[str]:
+        outputs: list[str] = super().get_outputs()
+        return [*outputs, *(self._info_beside(path) for path in outputs)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        mapping: dict[str, str] = super().get_output_mapping()
+        return mapping | {
+            self._info_beside(built): self._info_beside(source) for built, source in mapping.items()
+        }
+
+    def copy_extensions_to_source(self) -> None:
+        """Puts the files in place at once, so that a process that loads them meanwhile sees the old or the new ones."""
+        build_py = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            inplace, built = self._get_inplace_equivalent(build_py, ext)
+            for target, origin in (
+                (inplace, built),
+                (self._info_beside(inplace), self._info_beside(built)),
+            ):
+                partial = f"{target}.{os.getpid()}.tmp"
+                shutil.copy2(origin, partial)
+                os.replace(partial, target)
+
+
+def find_cxx() -> list[str]:
+    if requested := os.environ.get("CXX"):
+        return shlex.split(requested)
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return [name]
+    raise CompileError("fused-elbo: no C++ compiler found: apt-get install g++, or set CXX")
+
+
+def version_line(compiler: Sequence[str]) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(
+            f"fused-elbo: the C++ compiler {shlex.join(compiler)} does not run: {error}"
+        ) from error
+    return done.stdout.splitlines()[0]

@@ -1,0 +1,54 @@
+"""Where the installed torch keeps its headers and libraries, read from its files without importing it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools.errors import PlatformError
+
+# The oldest torch whose stable ABI has everything csrc/torch_ops.cpp uses; newer targets do not load on it.
+TARGET = (2, 10)
+TARGET_TEXT = ".".join(map(str, TARGET))
+TARGET_MACRO = f"0x{TARGET[0]:02x}{TARGET[1]:02x}" + "0" * 12
+
+
+@dataclass(frozen=True)
+class TorchPaths:
+    version: str
+    include: Path
+    lib: Path
+
+
+def find_torch() -> TorchPaths:
+    """The torch to compile against.
+
+    Raises:
+        PlatformError: torch is missing, has no C++ headers, or is older than the stable ABI the package targets.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise PlatformError(
+            f"fused-elbo: building needs torch >= {TARGET_TEXT}: pip install torch, then build again"
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    version = _read_version(root / "version.py")
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if numbers < TARGET:
+        raise PlatformError(
+            f"fused-elbo: building needs torch >= {TARGET_TEXT}, found {version} in {root}"
+        )
+    if not (root / "include/torch/csrc/stable").is_dir():
+        raise PlatformError(
+            f"fused-elbo: the torch in {root} came without its C++ headers; reinstall it from a wheel"
+        )
+    return TorchPaths(version, root / "include", root / "lib")
+
+
+def _read_version(file: Path) -> str:
+    found = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", file.read_text(), re.MULTILINE)
+    if found is None:
+        raise PlatformError(f"fused-elbo: cannot read the version of torch from {file}")
+    return found.group(1)
