@@ -1,0 +1,270 @@
+"""The mathematics in plain PyTorch: the truth that every kernel and every gradcheck is compared with.
+
+Differentiable, exact in float64, one formula per function, on any device. It is also the `reference` backend and, being
+made of ordinary operations, what double backward and forward-mode derivatives run on.
+Half-precision inputs are computed in float32, as in the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .noise import NoiseKey
+
+LOG_2PI = math.log(2.0 * math.pi)
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+
+
+# ---------------------------------------------------------------------------------------------------------- noise
+
+
+def philox_words(key: NoiseKey, sample: int, first: int, count: int, device: torch.device | None = None) -> Tensor:
+    """The Philox4x32-10 output words of counters ``first .. first + count - 1``: int64 ``[count, 4]``."""
+    seed = key.seed if isinstance(key.seed, Tensor) else torch.tensor(_as_int64(key.seed), device=device)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    counter = torch.arange(first, first + count, dtype=torch.int64, device=seed.device)
+    c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
+    c2, c3 = torch.full_like(c0, sample), torch.full_like(c0, key.stream)
+    for _ in range(10):
+        # An int64 product keeps all 64 bits of a 32 x 32 product, whatever its sign bit says.
+        p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        high0, high1 = (p0 >> 32) & _MASK32, (p1 >> 32) & _MASK32
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & _MASK32, high0 ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + _PHILOX_KEY_STEPS[0]) & _MASK32, (k1 + _PHILOX_KEY_STEPS[1]) & _MASK32
+    return torch.stack((c0, c1, c2, c3), dim=1)
+
+
+def uniforms(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """u(w) = fma(w, 2**-32, 2**-33) in (0, 1], rounded twice in float32, exact in float64. Returned as float64."""
+    w = words.double() if dtype == torch.float64 else words.float().double()
+    u = w * 2.0**-32 + 2.0**-33  # exact: at most 34 significant bits
+    return u if dtype == torch.float64 else u.float().double()
+
+
+def normals(
+    key: NoiseKey,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    num_samples: int = 0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Standard normals for ``[B, *event]``, or ``[K, B, *event]`` with ``num_samples=K``; Box-Muller in float64.
+
+    Rounded to float32 unless ``dtype`` is float64.
+    """
+    event = math.prod(shape[1:])
+    total = shape[0] * event
+    start = key.row_offset * event
+    offset = start % 4
+    count = (offset + total + 3) // 4
+    per_sample = []
+    for k in range(max(num_samples, 1)):
+        u = uniforms(philox_words(key, k, start // 4, count, device), dtype)
+        radius = torch.sqrt(-2.0 * torch.log(u[:, 0::2]))
+        angle = 2.0 * math.pi * u[:, 1::2]
+        pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2)
+        per_sample.append(pairs.reshape(-1)[offset : offset + total].reshape(shape))
+    eps = torch.stack(per_sample) if num_samples else per_sample[0]
+    return eps.to(accumulate_dtype(dtype))
+
+
+def fold_seed(seed: Tensor, data: int) -> Tensor:
+    """What `NoiseKey.fold_in` does to a seed, on the seed's device."""
+    golden = _as_int64(0x9E3779B97F4A7C15)
+    return _mix(_mix(seed + golden) + _as_int64((data * golden) & ((1 << 64) - 1)))
+
+
+def _mix(v: Tensor) -> Tensor:
+    v = (v ^ _shift_right(v, 30)) * _as_int64(0xBF58476D1CE4E5B9)
+    v = (v ^ _shift_right(v, 27)) * _as_int64(0x94D049BB133111EB)
+    return v ^ _shift_right(v, 31)
+
+
+def _shift_right(v: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64's own is arithmetic."""
+    return (v >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _as_int64(v: int) -> int:
+    v &= (1 << 64) - 1
+    return v - (1 << 64) if v >= 1 << 63 else v
+
+
+# ------------------------------------------------------------------------------------------------------- formulas
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic, sums and everything in nats: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def phi(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x without cancellation; never negative."""
+    small = x.abs() < 0.5
+    near = torch.where(small, x, 0.0)
+    # sum of x**n / n! for n = 2..16: the first term left out is below 2**-53 of the sum for |x| < 1/2
+    series = torch.full_like(near, 1.0 / math.factorial(16))
+    for n in range(15, 1, -1):
+        series = series * near + 1.0 / math.factorial(n)
+    far = torch.where(small, 1.0, x)
+    direct = torch.expm1(far) - torch.where(far == math.inf, 0.0, far)
+    return torch.where(small, series * near * near, direct)
+
+
+def reduce(nats: Tensor, reduction: str, batch_dims: int = 1) -> Tensor:
+    """none | sample (sum over events) | sum | batchmean (sum over events, mean over the batch)."""
+    if reduction == "none":
+        return nats
+    if reduction == "sum":
+        return nats.sum()
+    per_sample = nats.flatten(batch_dims).sum(-1) if nats.dim() > batch_dims else nats
+    return per_sample if reduction == "sample" else per_sample.mean()
+
+
+def spread(grad: Tensor, shape: torch.Size, reduction: str, batch_dims: int = 1) -> Tensor:
+    """The adjoint of `reduce`: an upstream gradient as a coefficient for every element of ``shape``."""
+    if reduction == "sample":
+        grad = grad.reshape(grad.shape + (1,) * (len(shape) - batch_dims))
+    elif reduction == "batchmean":
+        grad = grad / math.prod(shape[:batch_dims])
+    return grad.expand(shape)
+
+
+def split_moments(moments: Tensor, logvar: Tensor | None, chunk_dim: int) -> tuple[Tensor, Tensor]:
+    if logvar is not None:
+        return moments, logvar
+    mean, log_variance = moments.chunk(2, chunk_dim)
+    return mean, log_variance
+
+
+def sample_and_kl(
+    mean: Tensor,
+    logvar: Tensor,
+    prior_mean: Tensor | None,
+    prior_logvar: Tensor | None,
+    eps: Tensor | None,
+    clamp: tuple[float, float],
+    reduction: str | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """z = mean + exp(logvar / 2) eps and KL(q || p) = 1/2 [phi(logvar - prior_logvar) + (mean - prior_mean)^2 / var_p]."""
+    dtype = mean.dtype
+    mean, logvar, prior_mean, prior_logvar = _accumulate(mean, logvar, prior_mean, prior_logvar)
+    logvar = _clamp(logvar, clamp)
+    z = kl = None
+    if eps is not None:
+        z = (mean + torch.exp(0.5 * logvar) * eps).to(dtype)
+    if reduction is not None:
+        if prior_mean is None or prior_logvar is None:
+            nats = 0.5 * (mean.square() + phi(logvar))
+        else:
+            distance = (mean - prior_mean).square() * torch.exp(-prior_logvar)
+            nats = 0.5 * (phi(logvar - prior_logvar) + distance)
+        kl = reduce(nats, reduction)
+    return z, kl
+
+
+def sample_and_kl_backward(
+    mean: Tensor,
+    logvar: Tensor,
+    prior_mean: Tensor | None,
+    prior_logvar: Tensor | None,
+    eps: Tensor | None,
+    clamp: tuple[float, float],
+    reduction: str | None,
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of `sample_and_kl`, written out; differentiable in turn."""
+    dtype = mean.dtype
+    mean, raw_logvar, prior_mean, prior_logvar, grad_z = _accumulate(mean, logvar, prior_mean, prior_logvar, grad_z)
+    logvar = _clamp(raw_logvar, clamp)
+    grad_mean, grad_logvar = torch.zeros_like(mean), torch.zeros_like(logvar)
+    grad_prior_mean = grad_prior_logvar = None
+    if prior_mean is not None:
+        grad_prior_mean, grad_prior_logvar = torch.zeros_like(mean), torch.zeros_like(logvar)
+    if grad_z is not None and eps is not None:
+        grad_std = grad_z * eps
+        if grad_z.dim() > mean.dim():
+            grad_z, grad_std = grad_z.sum(0), grad_std.sum(0)
+        grad_mean = grad_mean + grad_z
+        grad_logvar = grad_logvar + 0.5 * torch.exp(0.5 * logvar) * grad_std
+    if grad_kl is not None and reduction is not None:
+        g = spread(grad_kl, mean.shape, reduction)
+        if prior_mean is None or prior_logvar is None:
+            grad_mean = grad_mean + g * mean
+            grad_logvar = grad_logvar + 0.5 * g * torch.expm1(logvar)
+        else:
+            pull = (mean - prior_mean) * torch.exp(-prior_logvar)
+            excess = torch.expm1(logvar - prior_logvar)
+            grad_mean = grad_mean + g * pull
+            grad_logvar = grad_logvar + 0.5 * g * excess
+            grad_prior_mean = -g * pull
+            grad_prior_logvar = -0.5 * g * (excess + (mean - prior_mean) * pull)
+    if clamp != (-math.inf, math.inf):
+        grad_logvar = torch.where((raw_logvar >= clamp[0]) & (raw_logvar <= clamp[1]), grad_logvar, 0.0)
+    return (
+        grad_mean.to(dtype),
+        grad_logvar.to(dtype),
+        None if grad_prior_mean is None else grad_prior_mean.to(dtype),
+        None if grad_prior_logvar is None else grad_prior_logvar.to(dtype),
+    )
+
+
+def log_likelihood(x: Tensor, mean: Tensor, logvar: Tensor | float, batch_dims: int, reduction: str) -> Tensor:
+    """log N(x; mean, exp(logvar)) = -1/2 [(x - mean)^2 exp(-logvar) + logvar + ln 2 pi]."""
+    residual, logvar, inverse = _residual(x, mean, logvar)
+    nats = -0.5 * (residual.square() * inverse + logvar + LOG_2PI)
+    return reduce(nats, reduction, batch_dims)
+
+
+def log_likelihood_backward(
+    x: Tensor, mean: Tensor, logvar: Tensor | float, batch_dims: int, reduction: str, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `log_likelihood` for mean (minus that for x) and logvar; differentiable in turn."""
+    residual, log_variance, inverse = _residual(x, mean, logvar)
+    g = spread(grad, x.shape, reduction, batch_dims)
+    grad_mean = g * residual * inverse
+    grad_logvar = 0.5 * g * (residual.square() * inverse - 1.0)
+    if isinstance(logvar, Tensor):
+        grad_logvar = grad_logvar.sum_to_size(logvar.shape).to(logvar.dtype)
+    return grad_mean.to(mean.dtype), grad_logvar
+
+
+def elbo(
+    recon_x: Tensor,
+    x: Tensor,
+    recon_logvar: Tensor | float,
+    mean: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    beta: Tensor | float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss = -(log-likelihood - beta KL), and its two parts per sample."""
+    ll = log_likelihood(x, recon_x, recon_logvar, 1, "sample")
+    if kl is None:
+        assert mean is not None and logvar is not None
+        _, kl = sample_and_kl(mean, logvar, None, None, None, (-math.inf, math.inf), "sample")
+        assert kl is not None
+    return reduce(beta * kl - ll, reduction), ll, kl
+
+
+def _accumulate(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(t if t is None else t.to(accumulate_dtype(t.dtype)) for t in tensors)  # type: ignore[misc]
+
+
+def _clamp(logvar: Tensor, clamp: tuple[float, float]) -> Tensor:
+    return logvar if clamp == (-math.inf, math.inf) else logvar.clamp(*clamp)
+
+
+def _residual(x: Tensor, mean: Tensor, logvar: Tensor | float) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    x, mean = _accumulate(x, mean)
+    if isinstance(logvar, Tensor):
+        logvar = logvar.to(x.dtype)
+        return x - mean, logvar, torch.exp(-logvar)
+    return x - mean, logvar, torch.exp(torch.tensor(-logvar, dtype=x.dtype, device=x.device))
