@@ -1,0 +1,200 @@
+// The Gaussian formulas, one element at a time, in nats.
+//   std = e^(logvar/2), phi(x) = e^x - 1 - x >= 0
+//   KL(N(mean, std^2) || N(0, 1)) = 1/2 [mean^2 + phi(logvar)]
+//   KL(q || p) = 1/2 [phi(logvar - prior_logvar) + (mean - prior_mean)^2 e^-prior_logvar]
+//   log N(x; mean, e^logvar) = -1/2 [(x - mean)^2 e^-logvar + logvar + ln 2 pi]
+// Branch-free: a loop over elements vectorizes. NaN stays NaN; beyond the range of the exponential the limits are selected.
+#pragma once
+
+#include <cstdint>
+
+#include "scalar.h"
+
+namespace fused_elbo {
+namespace math {
+
+constexpr double kLog2Pi = 1.83787706640934548356;
+
+template <typename T>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  using Bits = uint32_t;
+  static constexpr int kMantissa = 23;
+  static constexpr int kBias = 127;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  // ln 2 in two parts, the first short enough that its product with the exponent is exact even without fma.
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kMax = 88.37f, kMin = -87.33f;  // e^h is finite and normal between
+};
+
+template <>
+struct ExpConstants<double> {
+  using Bits = uint64_t;
+  static constexpr int kMantissa = 52;
+  static constexpr int kBias = 1023;
+  static constexpr double kRound = 6755399441055744.0;
+  static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kMax = 709.43, kMin = -708.39;
+};
+
+// h = n ln 2 + r, power = 2^(n + shift), p = e^r - 1 - r.
+template <typename T>
+struct Reduced {
+  T n, r, p, power;
+};
+
+// e^r - 1 - r on |r| <= ln 2 / 2.
+FUSED_ELBO_HD inline float exp_tail(float r) {
+  return r * r * poly(r, 0.5f, 0.166666672f, 0.0416664667f, 0.00833336078f, 0.00139336067f, 0.000198578025f);
+}
+FUSED_ELBO_HD inline double exp_tail(double r) {
+  return r * r *
+         poly(r, 0.5, 1.6666666666666666667e-01, 4.1666666666666666667e-02, 8.3333333333333333333e-03, 1.3888888888888888889e-03,
+              1.9841269841269841270e-04, 2.4801587301587301587e-05, 2.7557319223985890653e-06, 2.7557319223985890653e-07,
+              2.5052108385441718775e-08, 2.0876756987868098979e-09, 1.6059043836821614599e-10, 1.1470745597729724714e-11);
+}
+
+template <typename T>
+FUSED_ELBO_HD inline Reduced<T> reduce_exp(T h, int shift) {
+  using C = ExpConstants<T>;
+  using Bits = typename C::Bits;
+  const T round = C::kRound + static_cast<T>(C::kBias + shift);
+  const T shifted = fma(h, T(1.44269504088896340736), round);
+  const T n = shifted - round;
+  const T r = fma(n, -C::kLn2Low, fma(n, -C::kLn2High, h));
+  return {n, r, exp_tail(r), from_bits(static_cast<Bits>(bits(shifted) << C::kMantissa))};
+}
+
+template <typename T>
+FUSED_ELBO_HD inline T infinity() {
+  return static_cast<T>(__builtin_inff());
+}
+
+// e^x, 1 ulp; 0 below the normal range.
+template <typename T>
+FUSED_ELBO_HD inline T exp(T x) {
+  using C = ExpConstants<T>;
+  // Half of 2^n and a doubling at the end: n = 1 + the largest exponent would overflow although the result does not.
+  const Reduced<T> e = reduce_exp(x, -1);
+  T value = fma(e.power, e.r + e.p, e.power);
+  value = value + value;
+  value = x < C::kMin + T(0.7) ? T(0) : value;
+  return x > C::kMax + T(0.35) ? infinity<T>() : value;
+}
+
+// Everything the Gaussian needs of one logvar, from one exponential.
+template <typename T>
+struct LogVarTerms {
+  T std;    // e^(x/2)
+  T phi;    // e^x - 1 - x, without cancellation and never negative
+  T expm1;  // e^x - 1
+};
+
+template <typename T>
+FUSED_ELBO_HD inline LogVarTerms<T> logvar_terms(T x) {
+  using C = ExpConstants<T>;
+  constexpr T kLn2 = static_cast<T>(0.693147180559945309417);
+  const Reduced<T> e = reduce_exp(T(0.5) * x, 0);
+  const T em = e.power - T(1);
+  const T q = e.r + e.p;
+  const T std = fma(e.power, q, e.power);
+  const T w = fma(e.power, q, em);  // expm1(x / 2)
+  // phi(x / 2) from small terms; this order of sums keeps phi within 4 ulp.
+  T phi_half = fma(e.n, -kLn2, em);
+  // The rounding of ln 2 itself is 1.7 ulp of phi in double (0.3 in float).
+  if constexpr (sizeof(T) == 8) phi_half = fma(e.n, T(-2.319046813846299558e-17), phi_half);
+  phi_half = fma(em, e.r, phi_half);
+  phi_half = fma(e.power, e.p, phi_half);
+  LogVarTerms<T> terms{std, fma(w, w, phi_half + phi_half), fma(w, w, w + w)};
+  const bool below = x < 2 * C::kMin;
+  const bool above = x > 2 * C::kMax;
+  terms.std = below ? T(0) : terms.std;
+  terms.phi = below ? T(-1) - x : terms.phi;
+  terms.expm1 = below ? T(-1) : terms.expm1;
+  terms.std = above ? infinity<T>() : terms.std;
+  terms.phi = above ? infinity<T>() : terms.phi;
+  terms.expm1 = above ? infinity<T>() : terms.expm1;
+  return terms;
+}
+
+// How a scale parameter stands for logvar. A parametrization gives logvar and carries a gradient back through it.
+template <typename T>
+struct LogVarScale {
+  FUSED_ELBO_HD inline T logvar(T parameter) const { return parameter; }
+  FUSED_ELBO_HD inline T gradient(T, T grad_logvar) const { return grad_logvar; }
+};
+
+// As torch.clamp: NaN passes through, no gradient outside [min, max].
+template <typename T>
+struct ClampedLogVarScale {
+  T min, max;
+  FUSED_ELBO_HD inline T logvar(T parameter) const {
+    const T low = parameter < min ? min : parameter;
+    return low > max ? max : low;
+  }
+  FUSED_ELBO_HD inline T gradient(T parameter, T grad_logvar) const {
+    const bool inside = (parameter >= min) & (parameter <= max);
+    return inside ? grad_logvar : T(0);
+  }
+};
+
+// What the latent kernels compute per element: std for the sample, kl, and the derivatives of kl by mean and logvar.
+template <typename T>
+struct KlTerms {
+  T std, kl, by_mean, by_logvar;
+};
+
+template <typename T>
+struct PriorGradient {
+  T by_mean, by_logvar;
+};
+
+// p = N(0, 1).
+template <typename T>
+struct StandardPrior {
+  static constexpr bool kLearned = false;
+  FUSED_ELBO_HD inline KlTerms<T> terms(T mean, T logvar) const {
+    const LogVarTerms<T> e = logvar_terms(logvar);
+    return {e.std, T(0.5) * fma(mean, mean, e.phi), mean, T(0.5) * e.expm1};
+  }
+};
+
+// p = N(mean, e^logvar).
+template <typename T>
+struct GaussianPrior {
+  static constexpr bool kLearned = true;
+  T mean, logvar;
+  FUSED_ELBO_HD inline KlTerms<T> terms(T q_mean, T q_logvar) const {
+    const LogVarTerms<T> ratio = logvar_terms(q_logvar - logvar);
+    const T difference = q_mean - mean;
+    const T scaled = difference * exp(-logvar);
+    return {logvar_terms(q_logvar).std, T(0.5) * fma(scaled, difference, ratio.phi), scaled, T(0.5) * ratio.expm1};
+  }
+  FUSED_ELBO_HD inline PriorGradient<T> gradient(T q_mean, const KlTerms<T>& kl) const {
+    return {-kl.by_mean, -fma(T(0.5) * kl.by_mean, q_mean - mean, kl.by_logvar)};
+  }
+};
+
+template <typename T>
+FUSED_ELBO_HD inline T sample(T mean, T std, T eps) {
+  return fma(std, eps, mean);
+}
+
+// log N(x; mean, e^logvar) and its derivatives by mean (that by x is its negative) and logvar.
+template <typename T>
+struct LikelihoodTerms {
+  T value, by_mean, by_logvar;
+};
+
+template <typename T>
+FUSED_ELBO_HD inline LikelihoodTerms<T> likelihood_terms(T x, T mean, T logvar, T precision) {
+  const T difference = x - mean;
+  const T scaled = difference * precision;
+  const T quadratic = difference * scaled;
+  return {T(-0.5) * (quadratic + (logvar + T(kLog2Pi))), scaled, fma(T(0.5), quadratic, T(-0.5))};
+}
+
+}  // namespace math
+}  // namespace fused_elbo
