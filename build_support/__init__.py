@@ -1,4 +1,4 @@
-"""The pieces of setup.py: finding torch and nvcc, compiling csrc/, and the setuptools command that ties them together.
+"""The pieces of setup.py: finding torch and nvcc, compiling csrc/, and the command that does it.
 
-Nothing here imports torch: a build must work in an environment whose torch cannot be imported (no driver, other libc).
+Nothing here imports torch: a build must work where torch cannot be imported.
 """

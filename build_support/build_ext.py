@@ -1,10 +1,12 @@
 """The setuptools command that turns csrc/ into fused_elbo/_C.abi3.so.
 
-torch.utils.cpp_extension is not used: its CUDAExtension refuses a CPU-only torch, and it imports torch.
+torch.utils.cpp_extension is not used: its CUDAExtension refuses a CPU-only torch, and it imports
+torch.
 
 - csrc/cpu/kernels_*.cpp: once per ISA level, the level's name in the macro FUSED_ELBO_ISA.
-- csrc/cpu/*.cpp otherwise, and csrc/*.cpp: once, for the oldest processor. Only the latter see torch's headers.
-- csrc/cuda/*.cu: by nvcc, if there is one. The finished object loads on a torch without CUDA as well.
+- csrc/cpu/*.cpp otherwise, and csrc/*.cpp: once, for the oldest processor. Only the latter see
+  torch's headers.
+- csrc/cuda/*.cu: by nvcc, if there is one. The finished object loads on a torch without CUDA too.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from setuptools.errors import CompileError, LinkError, PlatformError
 
 from build_support.compile import Job, JobFailed, compile_all
 from build_support.nvcc import Nvcc, NvccError, arch_flags, choose_archs, find_nvcc
-from build_support.torch_paths import TARGET_MACRO, TARGET_TEXT, TorchPaths, find_torch
+from build_support.torch_paths import TARGET_MACRO, TARGET_TEXT, find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_INFO = "_build_info.json"
 
-# From the oldest up. The linker keeps the first copy of an inline function that several objects define, and only the
-# copy of the oldest level runs everywhere.
+# From the oldest up. The linker keeps the first copy of an inline function that several objects
+# define, and only the copy of the oldest level runs everywhere.
 ISA_LEVELS = {
     "x86_64": {
         level: [f"-march=x86-64-{level}", "-mprefer-vector-width=512"]
@@ -41,7 +43,7 @@ ISA_LEVELS = {
     "aarch64": {"generic": ["-march=armv8-a"]},
 }
 COMMON_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# Not -ffast-math: it drops NaN handling, and at link time turns on flush-to-zero for the whole process.
+# Not -ffast-math: it drops NaN handling, and at link time turns on flush-to-zero process-wide.
 KERNEL_FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 
@@ -61,7 +63,8 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: object) -> None:
         if platform.system() != "Linux" or platform.machine() not in ISA_LEVELS:
             raise PlatformError(
-                f"fused-elbo: builds on Linux on x86-64 and aarch64, not on {platform.system()} {platform.machine()}"
+                "fused-elbo: builds on Linux on x86-64 and aarch64,"
+                f" not on {platform.system()} {platform.machine()}"
             )
         self.torch = find_torch()
         self.cxx = find_cxx()
@@ -168,8 +171,8 @@ class BuildExtension(build_ext):
             *[*self.cxx, "-shared", "-o", str(partial)],
             *[str(job.object) for job in [*host, *cuda.jobs]],
             f"-L{self.torch.lib}",
-            # Without libtorch itself among the needed libraries, the weak reference to the function that tells torch's
-            # current CUDA stream stays null on a torch that has it.
+            # Without libtorch itself among the needed libraries, the weak reference to the function
+            # that tells torch's current CUDA stream stays null on a torch that has it.
             *["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"],
             *["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-O1"],
             *shlex.split(os.environ.get("LDFLAGS", "")),
@@ -219,7 +222,7 @@ class BuildExtension(build_ext):
         }
 
     def copy_extensions_to_source(self) -> None:
-        """Puts the files in place at once, so that a process that loads them meanwhile sees the old or the new ones."""
+        """Replaces each file at once: a process that loads it meanwhile sees the old or the new."""
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             inplace, built = self._get_inplace_equivalent(build_py, ext)

@@ -24,7 +24,10 @@ class JobFailed(CompileError):
 
 @dataclass(frozen=True)
 class Job:
-    """One source compiled once. `toolchain` names what the command line does not show: compiler and torch versions."""
+    """One source compiled once.
+
+    `toolchain` names what the command line does not show: the versions of the compiler and torch.
+    """
 
     source: Path
     object: Path
@@ -77,7 +80,7 @@ class Job:
         )
         if done.returncode != 0:
             raise JobFailed(self, done.stdout)
-        # The object counts as old as its sources were when the compiler began to read them: an edit meanwhile is seen.
+        # An edit made while the compiler was reading must make the object count as outdated.
         os.utime(self.object, ns=(started, started))
         self.stamp.write_text(self._identity())
         print(f"  {self.object.name:34} {(time.time_ns() - started) / 1e9:5.1f} s", flush=True)
@@ -91,7 +94,7 @@ def default_workers() -> int:
 
 
 def compile_all(jobs: Sequence[Job], workers: int | None = None) -> None:
-    """Runs the jobs that are not current, in the order given, and stops starting new ones after the first failure.
+    """Runs the jobs that are not current, in the order given; starts none after a failure.
 
     Raises:
         JobFailed: of the first job that failed, with the compiler's output.

@@ -1,7 +1,8 @@
 """Finding nvcc, and what to tell it.
 
-nvcc comes from CUDA_HOME, from PATH, or from NVIDIA's PyPI packages (the `cuda-build` extra), which put a whole toolkit
-under site-packages/nvidia/cu13, so that a machine without a CUDA installation builds the same wheel.
+nvcc comes from CUDA_HOME, from PATH, or from NVIDIA's PyPI packages (the `cuda-build` extra), which
+put a whole toolkit under site-packages/nvidia/cu13, so that a machine without a CUDA installation
+builds the same wheel.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Nvcc:
         return {int(number) for number in re.findall(r"sm_(\d+)\b", listed)}
 
     def compression_flags(self) -> list[str]:
-        # zstd (the size mode) needs a driver that knows it, which every driver that can run CUDA 13 code does.
+        # Older drivers do not know the size mode's zstd; every driver that runs CUDA 13 code does.
         return (
             ["--compress-mode=size"] if self.version >= (13, 0, 0) else ["-Xfatbin=-compress-all"]
         )
@@ -65,9 +66,7 @@ def find_nvcc(environ: Mapping[str, str] = os.environ) -> Nvcc:
     """
     for candidate in _candidates(environ):
         return Nvcc(candidate, _toolkit_root(candidate), _version(candidate))
-    raise NvccError(
-        "no nvcc in CUDA_HOME, on PATH or from PyPI (pip install 'fused-elbo[cuda-build]' brings one)"
-    )
+    raise NvccError("no nvcc in CUDA_HOME, on PATH or from PyPI (the extra cuda-build brings one)")
 
 
 def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
@@ -93,7 +92,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _toolkit_root(nvcc: Path) -> Path:
-    # nvcc prints the variables of nvcc.profile, TOP among them, before the commands that it would run.
+    # nvcc prints the variables of nvcc.profile before the commands that it would run.
     found = re.search(
         r"^#\$ TOP=(.+)$", _output([str(nvcc), "--dryrun", "-x", "cu", os.devnull]), re.MULTILINE
     )
@@ -111,10 +110,10 @@ def _version(nvcc: Path) -> tuple[int, int, int]:
 
 
 def choose_archs(requested: str | None, supported: set[int]) -> list[str]:
-    """The architectures to compile for, as `90` (machine code) or `120+PTX` (and code that newer devices translate).
+    """The architectures to compile for: `90`, or `120+PTX` with code that newer devices translate.
 
-    A list that the user asked for is taken whole. Of the default list, what this nvcc does not know is left out, and the
-    newest one left carries the PTX.
+    A list that the user asked for is taken whole. Of the default list, what this nvcc does not know
+    is left out, and the newest one left carries the PTX.
 
     Raises:
         NvccError: an entry is not of these forms, or nothing is left.
@@ -123,7 +122,8 @@ def choose_archs(requested: str | None, supported: set[int]) -> list[str]:
     for entry in entries:
         if not re.fullmatch(r"\d+[af]?(\+PTX)?", entry):
             raise NvccError(
-                f"FUSED_ELBO_CUDA_ARCHS: expected entries like 90 or 120+PTX between ';', got {entry!r}"
+                "FUSED_ELBO_CUDA_ARCHS: expected entries like 90 or 120+PTX with ';' between them,"
+                f" got {entry!r}"
             )
     if not requested:
         entries = [entry for entry in entries if int(entry.removesuffix("+PTX")) in supported]

@@ -1,4 +1,4 @@
-"""Where the installed torch keeps its headers and libraries, read from its files without importing it."""
+"""Where the installed torch keeps its headers and libraries, found without importing it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from setuptools.errors import PlatformError
 
-# The oldest torch whose stable ABI has everything csrc/torch_ops.cpp uses; newer targets do not load on it.
+# The oldest torch whose stable ABI has everything that csrc/torch_ops.cpp uses. An extension built
+# for a newer target does not load on it.
 TARGET = (2, 10)
 TARGET_TEXT = ".".join(map(str, TARGET))
 TARGET_MACRO = f"0x{TARGET[0]:02x}{TARGET[1]:02x}" + "0" * 12
@@ -26,12 +27,12 @@ def find_torch() -> TorchPaths:
     """The torch to compile against.
 
     Raises:
-        PlatformError: torch is missing, has no C++ headers, or is older than the stable ABI the package targets.
+        PlatformError: torch is missing, older than TARGET, or came without its C++ headers.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise PlatformError(
-            f"fused-elbo: building needs torch >= {TARGET_TEXT}: pip install torch, then build again"
+            f"fused-elbo: building needs torch >= {TARGET_TEXT}; pip install it, then build again"
         )
     root = Path(next(iter(spec.submodule_search_locations)))
     version = _read_version(root / "version.py")
@@ -42,7 +43,7 @@ def find_torch() -> TorchPaths:
         )
     if not (root / "include/torch/csrc/stable").is_dir():
         raise PlatformError(
-            f"fused-elbo: the torch in {root} came without its C++ headers; reinstall it from a wheel"
+            f"fused-elbo: the torch in {root} has no C++ headers; reinstall it from a wheel"
         )
     return TorchPaths(version, root / "include", root / "lib")
 

@@ -16,9 +16,9 @@ _BUILD_INFO = Path(__file__).with_name("_build_info.json")
 class BuildInfo:
     """What setup.py recorded beside the extension.
 
-    `torch` was compiled against, and `torch_target` is the oldest torch the result loads on. `cuda_archs` lists compute
-    capabilities times ten; with "+PTX" also code that newer devices translate. `cuda_note` says
-    why there are no CUDA kernels.
+    torch: the version compiled against; torch_target: the oldest that the result loads on.
+    cuda_archs: compute capabilities times ten, with "+PTX" also code that newer devices translate.
+    cuda_note: why there are no CUDA kernels.
     """
 
     version: str
@@ -74,7 +74,7 @@ def reason() -> str | None:
             " Upgrade torch; the extension need not be rebuilt."
         )
     try:
-        torch.ops.load_library(str(EXTENSION))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(EXTENSION))
     except OSError as error:
         return (
             f"fused_elbo: {EXTENSION} (built against torch {info.torch}) does not load into"
