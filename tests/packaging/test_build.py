@@ -1,0 +1,126 @@
+"""The build of setup.py, on a tiny project with a stand-in for nvcc."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .conftest import make_toolkit
+
+Build = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def build_info(project: Path) -> dict[str, object]:
+    info: dict[str, object] = json.loads(
+        (project / "kernels/fused_elbo/_build_info.json").read_text()
+    )
+    return info
+
+
+def compiled(output: str) -> set[str]:
+    """The objects that a build says it made."""
+    return {line.split()[0] for line in output.splitlines() if line.startswith("  ")}
+
+
+def test_without_nvcc_the_build_is_cpu_only_and_says_so_in_one_line(
+    project: Path, build: Build
+) -> None:
+    done = build()
+    assert done.returncode == 0, done.stdout
+    said = [line for line in done.stdout.splitlines() if "CUDA" in line]
+    assert len(said) == 1
+    assert said[0].startswith("fused-elbo: no CUDA kernels: no nvcc in CUDA_HOME")
+    info = build_info(project)
+    assert info["nvcc"] is None
+    assert info["cuda_archs"] == []
+    assert "no nvcc" in str(info["cuda_note"])
+
+
+def test_required_cuda_without_nvcc_is_fatal_in_one_line(project: Path, build: Build) -> None:
+    done = build(FUSED_ELBO_CUDA="1")
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    assert errors == [
+        "error: fused-elbo: FUSED_ELBO_CUDA=1, but no nvcc in CUDA_HOME, on PATH or from PyPI"
+        " (the extra cuda-build brings one)"
+    ]
+    assert not list(project.rglob("*.so"))
+
+
+def test_cuda_can_be_switched_off(project: Path, build: Build, tmp_path: Path) -> None:
+    done = build(CUDA_HOME=str(make_toolkit(tmp_path / "cuda")), FUSED_ELBO_CUDA="0")
+    assert done.returncode == 0, done.stdout
+    assert "FUSED_ELBO_CUDA=0" in str(build_info(project)["cuda_note"])
+
+
+def test_cuda_kernels_are_linked_and_recorded(project: Path, build: Build, tmp_path: Path) -> None:
+    done = build(CUDA_HOME=str(make_toolkit(tmp_path / "cuda")), FUSED_ELBO_CUDA="1")
+    assert done.returncode == 0, done.stdout
+    info = build_info(project)
+    assert info["nvcc"] == "13.0.88"
+    assert info["cuda_archs"] == ["75", "80", "90+PTX"]  # of the default, what this nvcc knows
+    symbols = subprocess.run(
+        ["nm", "-D", str(project / "kernels/fused_elbo/_C.abi3.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert " T run_kernel" in symbols
+
+
+def test_kernels_that_nvcc_refuses_leave_a_recorded_cpu_build(
+    project: Path, build: Build, tmp_path: Path
+) -> None:
+    toolkit = make_toolkit(tmp_path / "cuda", compile="echo 'unsupported host compiler'; exit 2")
+    done = build(CUDA_HOME=str(toolkit))
+    assert done.returncode == 0, done.stdout
+    assert "unsupported host compiler" in done.stdout
+    assert "nvcc failed to compile kernel.cu" in str(build_info(project)["cuda_note"])
+
+    done = build(CUDA_HOME=str(toolkit), FUSED_ELBO_CUDA="1")
+    assert done.returncode != 0
+    assert "unsupported host compiler" in done.stdout
+
+
+def test_kernels_are_compiled_once_per_isa_level_and_the_rest_once(
+    project: Path, build: Build
+) -> None:
+    levels = {"x86_64": {"v2", "v3", "v4"}, "aarch64": {"generic"}}
+    output = build().stdout
+    machine = str(build_info(project)["machine"])
+    assert compiled(output) == {
+        "torch.torch_ops.cpu-only.o",
+        "cpu.dispatch.o",
+        *(f"cpu.kernels_twice.{level}.o" for level in levels[machine]),
+    }
+
+
+def test_only_what_changed_is_compiled_again(project: Path, build: Build) -> None:
+    assert build().returncode == 0
+    assert compiled(build().stdout) == set()
+
+    (project / "csrc/answer.h").write_text("#pragma once\nint answer();\nint other();\n")
+    assert compiled(build().stdout) == {"cpu.dispatch.o"}
+
+    changed_flags = build(CXXFLAGS="-DNDEBUG").stdout
+    assert {"cpu.dispatch.o", "torch.torch_ops.cpu-only.o"} <= compiled(changed_flags)
+
+
+def test_a_compile_error_shows_the_compilers_words(project: Path, build: Build) -> None:
+    (project / "csrc/cpu/dispatch.cpp").write_text("int answer() { return forty_two; }\n")
+    done = build()
+    assert done.returncode != 0
+    assert "forty_two" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_building_does_not_import_torch(project: Path) -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['setup.py', '-q', 'build_ext'];"
+        "runpy.run_path('setup.py', run_name='__main__'); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=project, check=True)
+    assert list(project.glob("build/lib*/fused_elbo/_C.abi3.so"))
