@@ -51,9 +51,7 @@ SCHEMAS = {
         "Tensor grad_logvar)"
     ),
     "fold_seed": "(Tensor seed, int data) -> Tensor",
-    "noise_words": (
-        "(Tensor? seed, int seed_value, int stream, int sample, int first, int count, Device device) -> Tensor"
-    ),
+    "noise_words": "(Tensor seed, int stream, int sample, int first, int count) -> Tensor",
 }
 
 
@@ -183,16 +181,8 @@ def _fold_seed(seed: Tensor, data: int) -> Tensor:
     return torch.empty_like(seed)
 
 
-def _noise_words(
-    seed: Tensor | None,
-    seed_value: int,
-    stream: int,
-    sample: int,
-    first: int,
-    count: int,
-    device: torch.device,
-) -> Tensor:
-    return torch.empty((count, 4), dtype=torch.int64, device=device)
+def _noise_words(seed: Tensor, stream: int, sample: int, first: int, count: int) -> Tensor:
+    return seed.new_empty((count, 4))
 
 
 #: name -> shape, dtype and layout of the outputs.

@@ -1,0 +1,96 @@
+// From sizes and strides of any tensor to the few dimensions that a kernel loops over.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "args.h"
+
+namespace fused_elbo {
+
+// torch's limit on the dimensions that its own strided kernels take.
+constexpr int kMaxDims = 25;
+
+// A tensor's strides against the full index space [batch..., event...]; broadcast dimensions have stride 0.
+using Strides = std::array<int64_t, kMaxDims>;
+
+// Aligns sizes/strides right with the full shape, as broadcasting does.
+inline Strides broadcast_strides(const int64_t* sizes, const int64_t* strides, int64_t dims,
+                                 const std::vector<int64_t>& full) {
+  Strides result{};
+  const int64_t shift = static_cast<int64_t>(full.size()) - dims;
+  for (int64_t d = 0; d < dims; ++d) result[d + shift] = sizes[d] == 1 ? 0 : strides[d];
+  return result;
+}
+
+// Collapses the event dimensions of several operands jointly, in logical order: two neighbors become one where every
+// operand steps through them as through one. Sizes of 1 vanish.
+class EventLayout {
+ public:
+  EventLayout(const std::vector<int64_t>& full, int batch_dims, std::initializer_list<const Strides*> operands)
+      : full_(full), batch_dims_(batch_dims), operands_(operands) {
+    for (size_t d = batch_dims; d < full.size(); ++d) {
+      if (full[d] == 1) continue;
+      if (!dims_.empty() && merges(dims_.back().last, d)) {
+        dims_.back().size *= full[d];
+        dims_.back().last = d;
+      } else {
+        dims_.push_back({full[d], d});
+      }
+    }
+    if (dims_.empty()) dims_.push_back({1, full.size()});  // an event of one element: strides do not matter
+  }
+
+  bool fits() const { return dims_.size() <= kMaxEventDims; }
+
+  void describe(Shape& shape) const {
+    shape.samples = batch_dims_ == 2 ? full_[0] : 1;
+    shape.rows = full_[batch_dims_ - 1];
+    shape.event_dims = static_cast<int32_t>(dims_.size());
+    shape.event = 1;
+    for (size_t i = 0; i < dims_.size(); ++i) {
+      shape.size[i] = dims_[i].size;
+      shape.event *= dims_[i].size;
+    }
+  }
+
+  void describe(Operand& operand, const Strides& strides) const {
+    operand.sample_stride = batch_dims_ == 2 ? strides[0] : 0;
+    operand.row_stride = strides[batch_dims_ - 1];
+    for (size_t i = 0; i < dims_.size(); ++i) {
+      operand.stride[i] = dims_[i].last < full_.size() ? strides[dims_[i].last] : 1;
+    }
+  }
+
+  // How many consecutive event elements share one value of an operand: the product of its trailing stride-0 dimensions.
+  int64_t constant_run(const Strides& strides) const {
+    int64_t run = 1;
+    for (size_t d = full_.size(); d-- > static_cast<size_t>(batch_dims_);) {
+      if (full_[d] != 1 && strides[d] != 0) break;
+      run *= full_[d];
+    }
+    return run;
+  }
+
+ private:
+  struct Dim {
+    int64_t size;
+    size_t last;  // the innermost full dimension it covers: the one whose strides it has
+  };
+
+  bool merges(size_t outer, size_t inner) const {
+    return std::all_of(operands_.begin(), operands_.end(), [&](const Strides* strides) {
+      return (*strides)[outer] == (*strides)[inner] * full_[inner];
+    });
+  }
+
+  const std::vector<int64_t>& full_;
+  int batch_dims_;
+  std::vector<const Strides*> operands_;
+  std::vector<Dim> dims_;
+};
+
+}  // namespace fused_elbo
