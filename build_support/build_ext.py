@@ -1,5 +1,8 @@
 """The setuptools command that turns csrc/ into fused_elbo/_C.abi3.so.
 
+The object registers torch operators when it is loaded and needs nothing of Python, neither its
+headers to build nor its ABI to run.
+
 torch.utils.cpp_extension is not used: its CUDAExtension refuses a CPU-only torch, and it imports
 torch.
 
@@ -18,7 +21,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,13 +135,9 @@ class BuildExtension(build_ext):
         common = [*self.cxx, *COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
         torch = [
-            *[
-                "-std=c++20",
-                f"-DTORCH_TARGET_VERSION={TARGET_MACRO}",
-                "-DPy_LIMITED_API=0x030a0000",
-            ],
+            *["-std=c++20", f"-DTORCH_TARGET_VERSION={TARGET_MACRO}"],
             *(["-DFUSED_ELBO_WITH_CUDA"] if with_cuda else []),
-            *["-isystem", str(self.torch.include), "-isystem", sysconfig.get_path("include")],
+            *["-isystem", str(self.torch.include)],
         ]
         tag = "cuda" if with_cuda else "cpu-only"
         jobs = [
@@ -174,7 +172,8 @@ class BuildExtension(build_ext):
             # Without libtorch itself among the needed libraries, the weak reference to the function
             # that tells torch's current CUDA stream stays null on a torch that has it.
             *["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"],
-            *["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-O1"],
+            # A kernel that is declared but not defined is an error of the build, not of loading.
+            *["-Wl,-z,defs", "-Wl,--exclude-libs,ALL", "-Wl,-O1"],
             *shlex.split(os.environ.get("LDFLAGS", "")),
         ]
         if cuda.nvcc:

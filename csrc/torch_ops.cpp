@@ -4,7 +4,6 @@
 //
 // FUSED_ELBO_EMULATED builds the same operations over the CUDA kernels compiled for the CPU, in a namespace of their own.
 
-#include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -714,10 +713,4 @@ STABLE_TORCH_LIBRARY_IMPL(FUSED_ELBO_NAMESPACE, CPU, m) { fused_elbo::implement<
 #if defined(FUSED_ELBO_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(FUSED_ELBO_NAMESPACE, CUDA, m) { fused_elbo::implement<fused_elbo::CudaDevice>(m); }
 #endif
-
-// Importing the extension is what registers it; as a module it is empty.
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}
 #endif

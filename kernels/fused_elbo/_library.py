@@ -78,7 +78,7 @@ def reason() -> str | None:
     except OSError as error:
         return (
             f"fused_elbo: {EXTENSION} (built against torch {info.torch}) does not load into"
-            f" torch {torch.__version__}: {error}"
+            f" torch {torch.__version__}: {error.__cause__ or error}"
         )
     return None
 

@@ -73,17 +73,31 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def build(project: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def without_nvcc(tmp_path: Path) -> dict[str, str]:
+    """An environment in which no nvcc of this machine can be found, but the C++ compiler can."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("FUSED_ELBO_", "CUDA"))}
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("g++", "as", "ld"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    # A package of that name hides the namespace package that NVIDIA's distributions share.
+    hidden = tmp_path / "hidden" / "nvidia" / "__init__.py"
+    hidden.parent.mkdir(parents=True)
+    hidden.touch()
+    return environ | {"PATH": str(tools), "PYTHONPATH": str(hidden.parents[1])}
+
+
+@pytest.fixture
+def build(
+    project: Path, without_nvcc: dict[str, str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Builds the tiny project in place; environment variables by keyword."""
 
     def run(**variables: str) -> subprocess.CompletedProcess[str]:
-        # No CUDA toolkit of the machine may take part; nvcc is what the test puts in.
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(("FUSED_ELBO_", "CUDA"))}
-        environ["PATH"] = variables.pop("PATH", "/usr/bin:/bin")
         return subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--inplace"],
             cwd=project,
-            env=environ | variables,
+            env=without_nvcc | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

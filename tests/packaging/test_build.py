@@ -117,10 +117,19 @@ def test_a_compile_error_shows_the_compilers_words(project: Path, build: Build) 
     assert "Traceback" not in done.stdout
 
 
-def test_building_does_not_import_torch(project: Path) -> None:
+def test_a_kernel_that_is_declared_but_not_defined_fails_the_build(
+    project: Path, build: Build
+) -> None:
+    (project / "csrc/torch_ops.cpp").write_text("void latent(); void call() { latent(); }\n")
+    done = build()
+    assert done.returncode != 0
+    assert "latent" in done.stdout
+
+
+def test_building_does_not_import_torch(project: Path, without_nvcc: dict[str, str]) -> None:
     script = (
         "import runpy, sys; sys.argv = ['setup.py', '-q', 'build_ext'];"
         "runpy.run_path('setup.py', run_name='__main__'); sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=project, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=project, env=without_nvcc, check=True)
     assert list(project.glob("build/lib*/fused_elbo/_C.abi3.so"))
