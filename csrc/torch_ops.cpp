@@ -151,7 +151,27 @@ Tensor nats_like(const Tensor& like, const std::vector<int64_t>& full, int batch
   return empty_dense(like, sizes, accumulate_type(like));
 }
 
-Tensor workspace(const Tensor& like, int64_t bytes) { return empty_dense(like, {bytes}, ScalarType::Byte); }
+// Memory for partial results on the device of a tensor. What little a small call needs lies on the stack where kernels
+// can read it: an allocation costs as much as such a call.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes) {
+    if (bytes == 0) return;
+    if (bytes <= static_cast<int64_t>(sizeof(local_)) && like.is_cpu()) {
+      data_ = local_;
+    } else {
+      tensor_ = empty_dense(like, {bytes}, ScalarType::Byte);
+      data_ = tensor_->data_ptr();
+    }
+  }
+  Workspace(const Workspace&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  alignas(64) char local_[2048];
+  OptionalTensor tensor_;
+  void* data_ = nullptr;
+};
 
 // A tensor and its strides against the full index space.
 struct View {
@@ -338,8 +358,8 @@ std::tuple<Tensor, Tensor> latent_forward(Tensor mean, OptionalTensor logvar, Op
   if (want_z) args.z = sample_operand(z, call, z_view, layout);
   args.kl = nats_operand(kl, call.reduction, layout, call.full, 1);
   args.kl_scale = batch_scale(call.reduction, args.shape);
-  Tensor scratch = workspace(mean, Device::latent_workspace(args, Pass::kForward));
-  Device::latent(args, Pass::kForward, scratch.data_ptr(), Device::context(mean));
+  const Workspace scratch(mean, Device::latent_workspace(args, Pass::kForward));
+  Device::latent(args, Pass::kForward, scratch.data(), Device::context(mean));
   return {z, kl};
 }
 
@@ -398,8 +418,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
     args.grad_prior_mean = out_prior.operand(layout);
     args.grad_prior_logvar = out_prior_logvar.operand(layout);
   }
-  Tensor scratch = workspace(mean, Device::latent_workspace(args, Pass::kBackward));
-  Device::latent(args, Pass::kBackward, scratch.data_ptr(), Device::context(mean));
+  const Workspace scratch(mean, Device::latent_workspace(args, Pass::kBackward));
+  Device::latent(args, Pass::kBackward, scratch.data(), Device::context(mean));
   return {grad_mean, grad_logvar, grad_prior_mean, grad_prior_logvar};
 }
 
@@ -533,8 +553,8 @@ Tensor likelihood_forward(Tensor x, Tensor mean, OptionalTensor logvar, double l
     return likelihood_forward<Device>(torch::stable::contiguous(x), torch::stable::contiguous(mean), contiguous(logvar),
                                       logvar_value, batch_dims, reduction);
   }
-  Tensor scratch = workspace(mean, Device::likelihood_workspace(call.args, Pass::kForward));
-  Device::likelihood(call.args, Pass::kForward, scratch.data_ptr(), Device::context(mean));
+  const Workspace scratch(mean, Device::likelihood_workspace(call.args, Pass::kForward));
+  Device::likelihood(call.args, Pass::kForward, scratch.data(), Device::context(mean));
   return ll;
 }
 
@@ -553,8 +573,8 @@ std::tuple<Tensor, Tensor> likelihood_backward(Tensor x, Tensor mean, OptionalTe
     if (want_mean) grad_mean = with_layout_of(mean, grad_mean);
     return {grad_mean, grad_logvar};
   }
-  Tensor scratch = workspace(mean, Device::likelihood_workspace(call.args, Pass::kBackward));
-  Device::likelihood(call.args, Pass::kBackward, scratch.data_ptr(), Device::context(mean));
+  const Workspace scratch(mean, Device::likelihood_workspace(call.args, Pass::kBackward));
+  Device::likelihood(call.args, Pass::kBackward, scratch.data(), Device::context(mean));
   return {call.grad_mean, call.finish_grad_logvar()};
 }
 
@@ -640,8 +660,8 @@ ElboOutput elbo_forward(Tensor recon_x, Tensor x, OptionalTensor recon_logvar, d
     args.latent.grad_kl.dtype = dtype_of(beta->scalar_type());
   }
   const Pass pass = want_grads ? Pass::kBoth : Pass::kForward;
-  Tensor scratch = workspace(recon_x, Device::elbo_workspace(args, pass));
-  Device::elbo(args, pass, scratch.data_ptr(), Device::context(recon_x));
+  const Workspace scratch(recon_x, Device::elbo_workspace(args, pass));
+  Device::elbo(args, pass, scratch.data(), Device::context(recon_x));
   return {loss, ll, kl_out, call.grad_mean, want_grads ? call.finish_grad_logvar() : nothing(recon_x), grad_mean, grad_logvar};
 }
 
