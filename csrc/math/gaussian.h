@@ -103,10 +103,13 @@ FUSED_ELBO_HD inline LogVarTerms<T> logvar_terms(T x) {
   const T w = fma(e.power, q, em);  // expm1(x / 2)
   // phi(x / 2) from small terms; this order of sums keeps phi within 4 ulp.
   T phi_half = fma(e.n, -kLn2, em);
-  // The rounding of ln 2 itself is 1.7 ulp of phi in double (0.3 in float).
-  if constexpr (sizeof(T) == 8) phi_half = fma(e.n, T(-2.319046813846299558e-17), phi_half);
   phi_half = fma(em, e.r, phi_half);
-  phi_half = fma(e.power, e.p, phi_half);
+  if constexpr (sizeof(T) == 8) {
+    // The rounding of ln 2 itself is 1.7 ulp of phi in double (0.3 in float): it joins the small terms first.
+    phi_half += fma(e.power, e.p, e.n * T(-2.319046813846299558e-17));
+  } else {
+    phi_half = fma(e.power, e.p, phi_half);
+  }
   LogVarTerms<T> terms{std, fma(w, w, phi_half + phi_half), fma(w, w, w + w)};
   const bool below = x < 2 * C::kMin;
   const bool above = x > 2 * C::kMax;

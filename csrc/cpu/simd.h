@@ -1,0 +1,69 @@
+// The instruction-set level a kernel file is compiled for, and the few vector operations that plain loops do not give.
+// A level's code lives in fused_elbo::cpu::<level>; nothing here or above it may end up outside that namespace.
+#pragma once
+
+#include <cstdint>
+
+#include "../args.h"
+
+#if !defined(FUSED_ELBO_ISA)
+#error "compile the kernel files with -DFUSED_ELBO_ISA=v2, v3, v4 or generic"
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+// g++ 12 warns about the undefined vectors inside its own intrinsics.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#define FUSED_ELBO_INLINE __attribute__((always_inline)) inline
+// The loop's iterations are independent: the pointers in it never overlap.
+#define FUSED_ELBO_INDEPENDENT _Pragma("GCC ivdep")
+
+namespace fused_elbo {
+namespace cpu {
+namespace FUSED_ELBO_ISA {
+
+// 32-bit lanes of the widest register.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+// Elements per step of every inner loop, whatever the level: one register of the widest level.
+constexpr int kLanes = 16;
+
+typedef float FloatVector __attribute__((vector_size(4 * kWidth)));
+typedef int32_t IndexVector __attribute__((vector_size(4 * kWidth)));
+typedef uint64_t WordVector __attribute__((vector_size(4 * kWidth)));
+
+// Product of the lower halves; the upper halves are ignored.
+FUSED_ELBO_INLINE WordVector multiply_low_halves(WordVector a, WordVector b) {
+#if defined(__AVX512F__)
+  return (WordVector)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (WordVector)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (WordVector)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+FUSED_ELBO_INLINE WordVector xor3(WordVector a, WordVector b, WordVector c) {
+#if defined(__AVX512F__)
+  return (WordVector)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+}  // namespace FUSED_ELBO_ISA
+}  // namespace cpu
+}  // namespace fused_elbo
