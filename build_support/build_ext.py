@@ -34,6 +34,7 @@ from build_support.torch_paths import TARGET_MACRO, TARGET_TEXT, find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_INFO = "_build_info.json"
+EXPORTS = ROOT / "build_support" / "exports.map"
 
 # From the oldest up. The linker keeps the first copy of an inline function that several objects
 # define, and only the copy of the oldest level runs everywhere.
@@ -173,7 +174,7 @@ class BuildExtension(build_ext):
             # that tells torch's current CUDA stream stays null on a torch that has it.
             *["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"],
             # A kernel that is declared but not defined is an error of the build, not of loading.
-            *["-Wl,-z,defs", "-Wl,--exclude-libs,ALL", "-Wl,-O1"],
+            *["-Wl,-z,defs", "-Wl,-O1", f"-Wl,--version-script={EXPORTS}"],
             *shlex.split(os.environ.get("LDFLAGS", "")),
         ]
         if cuda.nvcc:

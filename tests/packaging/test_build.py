@@ -63,12 +63,12 @@ def test_cuda_kernels_are_linked_and_recorded(project: Path, build: Build, tmp_p
     assert info["nvcc"] == "13.0.88"
     assert info["cuda_archs"] == ["75", "80", "90+PTX"]  # of the default, what this nvcc knows
     symbols = subprocess.run(
-        ["nm", "-D", str(project / "kernels/fused_elbo/_C.abi3.so")],
+        ["nm", str(project / "kernels/fused_elbo/_C.abi3.so")],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert " T run_kernel" in symbols
+    assert " t run_kernel" in symbols
 
 
 def test_kernels_that_nvcc_refuses_leave_a_recorded_cpu_build(
