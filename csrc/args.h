@@ -71,10 +71,10 @@ struct LatentArgs {
 };
 
 // log N(x; mean, exp(logvar)) or its gradients.
-//   logvar absent: the number logvar_value. logvar present: broadcast by strides of 0; its dtype may differ from the others'.
-//   ll, grad_ll: as kl, grad_kl above, over [samples, rows].
-//   grad_logvar, when wanted, is float32 (float64 for float64), of shape [samples, rows, event], where the trailing event dimensions
-//   over which logvar is constant are summed: size logvar_outer * 1 per row instead of event. See logvar_inner.
+//   logvar absent: the number logvar_value. logvar present: broadcast by strides of 0; its dtype may differ from the
+//   others'. ll, grad_ll: as kl, grad_kl above, over [samples, rows]. grad_logvar, when wanted, is float32 (float64 for
+//   float64), of shape [samples, rows, event], where the trailing event dimensions over which logvar is constant are
+//   summed: size logvar_outer * 1 per row instead of event. See logvar_inner.
 struct LikelihoodArgs {
   Shape shape;
   DType dtype = DType::kFloat32;  // of x, mean, grad_mean, grad_x
@@ -93,18 +93,19 @@ struct LikelihoodArgs {
                              // one logvar and one gradient (m divides event; m == event: one per row)
 };
 
-// loss = scale * sum_b (beta * kl_b - ll_b), both parts, and with pass kBoth every gradient for an upstream gradient of 1.
-//   reconstruction.grad_ll_scale and latent.grad_kl_scale already hold -scale and beta * scale; a beta that lives on the device is
-//   latent.grad_kl (one value, strides 0), with latent.grad_kl_scale = scale.
-//   latent.mean absent: kl_given ([rows], float32 or float64) stands for the KL.
+// loss = scale * sum_b (beta * kl_b - ll_b), both parts, and with pass kBoth every gradient for an upstream gradient
+// of 1.
+//   reconstruction.grad_ll_scale and latent.grad_kl_scale already hold -scale and beta * scale; a beta that lives on
+//   the device is latent.grad_kl (one value, strides 0), with latent.grad_kl_scale = scale. latent.mean absent:
+//   kl_given ([rows], float32 or float64) stands for the KL.
 struct ElboArgs {
   LikelihoodArgs reconstruction;  // reduction kSample
   LatentArgs latent;              // reduction kSample, no z
   Operand kl_given;
   const void* beta = nullptr;  // on the kernel's device, of loss.dtype; nullptr: beta_value
   double beta_value = 1;
-  Operand loss;              // [rows] (row_stride 1) or one value (row_stride 0), float32 (float64 for float64)
-  double loss_scale = 1;     // 1, or 1/rows for batchmean
+  Operand loss;           // [rows] (row_stride 1) or one value (row_stride 0), float32 (float64 for float64)
+  double loss_scale = 1;  // 1, or 1/rows for batchmean
   bool loss_per_row = false;
 };
 
@@ -115,16 +116,16 @@ struct Context {
                        void* user) = nullptr;
 };
 
-// Each device namespace (cpu, cuda) defines these. workspace points to that many bytes, 16-byte aligned, contents undefined;
-// a kernel that needs it cleared clears it itself. An empty shape (rows or event 0) is legal everywhere.
-#define FUSED_ELBO_DECLARE_DEVICE                                                            \
-  int64_t latent_workspace_bytes(const LatentArgs&, Pass);                                   \
-  int64_t likelihood_workspace_bytes(const LikelihoodArgs&, Pass);                           \
-  int64_t elbo_workspace_bytes(const ElboArgs&, Pass);                                       \
-  void latent(const LatentArgs&, Pass, void* workspace, const Context&);                     \
-  void likelihood(const LikelihoodArgs&, Pass, void* workspace, const Context&);             \
-  void elbo(const ElboArgs&, Pass, void* workspace, const Context&);                         \
-  void fold_seed(const int64_t* seed, int64_t data, int64_t* out, const Context&);           \
+// Each device namespace (cpu, cuda) defines these. workspace points to that many bytes, 16-byte aligned, contents
+// undefined; a kernel that needs it cleared clears it itself. An empty shape (rows or event 0) is legal everywhere.
+#define FUSED_ELBO_DECLARE_DEVICE                                                  \
+  int64_t latent_workspace_bytes(const LatentArgs&, Pass);                         \
+  int64_t likelihood_workspace_bytes(const LikelihoodArgs&, Pass);                 \
+  int64_t elbo_workspace_bytes(const ElboArgs&, Pass);                             \
+  void latent(const LatentArgs&, Pass, void* workspace, const Context&);           \
+  void likelihood(const LikelihoodArgs&, Pass, void* workspace, const Context&);   \
+  void elbo(const ElboArgs&, Pass, void* workspace, const Context&);               \
+  void fold_seed(const int64_t* seed, int64_t data, int64_t* out, const Context&); \
   void noise_words(const NoiseKey&, int64_t sample, int64_t first, int64_t count, int64_t* out, const Context&);
 
 namespace cpu {

@@ -82,9 +82,8 @@ class EventLayout {
   };
 
   bool merges(size_t outer, size_t inner) const {
-    return std::all_of(operands_.begin(), operands_.end(), [&](const Strides* strides) {
-      return (*strides)[outer] == (*strides)[inner] * full_[inner];
-    });
+    return std::all_of(operands_.begin(), operands_.end(),
+                       [&](const Strides* strides) { return (*strides)[outer] == (*strides)[inner] * full_[inner]; });
   }
 
   const std::vector<int64_t>& full_;

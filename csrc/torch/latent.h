@@ -1,0 +1,185 @@
+// Sampling and KL: from the tensors of a call to LatentArgs.
+#pragma once
+
+#include <limits>
+#include <tuple>
+
+#include "device.h"
+#include "tensors.h"
+
+namespace fused_elbo {
+
+struct LatentCall {
+  std::vector<int64_t> full;  // [B, *event]
+  OptionalTensor seed;
+  int64_t seed_value, stream, row_offset, num_samples, chunk_dim;
+  double clamp_min, clamp_max;
+  Reduction reduction;
+
+  LatentCall(const Tensor& mean, const OptionalTensor& logvar, const OptionalTensor& seed, int64_t seed_value,
+             int64_t stream, int64_t row_offset, int64_t num_samples, int64_t chunk_dim, double clamp_min,
+             double clamp_max, int64_t reduction)
+      : full(sizes_of(mean)),
+        seed(seed),
+        seed_value(seed_value),
+        stream(stream),
+        row_offset(row_offset),
+        num_samples(num_samples),
+        chunk_dim(chunk_dim),
+        clamp_min(clamp_min),
+        clamp_max(clamp_max),
+        reduction(static_cast<Reduction>(reduction)) {
+    STD_TORCH_CHECK(!full.empty() && full.size() <= kMaxDims, "fused_elbo: mean must have 1 to 25 dimensions");
+    if (logvar) {
+      STD_TORCH_CHECK(sizes_of(*logvar) == full, "fused_elbo: mean and logvar must have one shape");
+    } else {
+      STD_TORCH_CHECK(chunk_dim > 0 && chunk_dim < mean.dim() && full[chunk_dim] % 2 == 0,
+                      "fused_elbo: chunk_dim must be an event dimension of even size");
+      full[chunk_dim] /= 2;
+    }
+  }
+
+  void fill(LatentArgs& args, const Tensor& mean, const EventLayout& layout) const {
+    layout.describe(args.shape);
+    args.shape.samples = std::max<int64_t>(num_samples, 1);
+    args.dtype = dtype_of(mean.scalar_type());
+    if (seed) args.key.seed = static_cast<const int64_t*>(seed->data_ptr());
+    args.key.seed_value = seed_value;
+    args.key.stream = static_cast<uint32_t>(stream);
+    args.key.row_offset = row_offset;
+    args.clamp =
+        clamp_min != -std::numeric_limits<double>::infinity() || clamp_max != std::numeric_limits<double>::infinity();
+    args.clamp_min = clamp_min;
+    args.clamp_max = clamp_max;
+    args.reduction = reduction;
+  }
+};
+
+// z or its gradient: [B, *event] like the other operands, or with a leading sample dimension.
+inline Operand sample_operand(const Tensor& z, const LatentCall& call, const View& view, const EventLayout& layout) {
+  Operand result = view.operand(layout);
+  if (call.num_samples > 0) result.sample_stride = z.stride(0);
+  return result;
+}
+
+inline View sample_view(const Tensor& z, const LatentCall& call) {
+  if (call.num_samples == 0) return View(z, call.full);
+  View view;
+  view.data = z.data_ptr();
+  view.dtype = dtype_of(z.scalar_type());
+  for (size_t d = 0; d < call.full.size(); ++d) view.strides[d] = call.full[d] == 1 ? 0 : z.stride(d + 1);
+  return view;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> latent_forward(Tensor mean, OptionalTensor logvar, OptionalTensor prior_mean,
+                                          OptionalTensor prior_logvar, OptionalTensor seed, int64_t seed_value,
+                                          int64_t stream, int64_t row_offset, int64_t num_samples, int64_t chunk_dim,
+                                          double clamp_min, double clamp_max, bool want_z, int64_t reduction) {
+  typename Device::Guard guard(mean);
+  const LatentCall call(mean, logvar, seed, seed_value, stream, row_offset, num_samples, chunk_dim, clamp_min,
+                        clamp_max, reduction);
+  const Halves in(mean, logvar, chunk_dim, call.full);
+  const View prior_m(prior_mean, call.full), prior_l(prior_logvar, call.full);
+
+  const auto half = [&] { return logvar ? mean : torch::stable::narrow(mean, chunk_dim, 0, call.full[chunk_dim]); };
+  Tensor z = nothing(mean);
+  if (want_z && num_samples > 0) {
+    std::vector<int64_t> sizes = call.full;
+    sizes.insert(sizes.begin(), num_samples);
+    z = empty_dense(mean, sizes, mean.scalar_type());
+  } else if (want_z) {
+    z = mean.is_contiguous() ? empty_dense(mean, call.full, mean.scalar_type()) : torch::stable::empty_like(half());
+  }
+  Tensor kl = nats_like(mean, call.full, 1, call.reduction);
+  const View z_view = want_z ? sample_view(z, call) : View();
+  const View kl_view = call.reduction == Reduction::kNone ? View(kl, call.full) : View();
+
+  const EventLayout layout(
+      call.full, 1,
+      {&in.mean.strides, &in.logvar.strides, prior_m.data ? &prior_m.strides : &in.mean.strides,
+       prior_l.data ? &prior_l.strides : &in.mean.strides, want_z ? &z_view.strides : &in.mean.strides,
+       call.reduction == Reduction::kNone ? &kl_view.strides : &in.mean.strides});
+  if (!layout.fits()) {
+    auto [dense_z, dense_kl] = latent_forward<Device>(
+        torch::stable::contiguous(mean), contiguous(logvar), contiguous(prior_mean), contiguous(prior_logvar), seed,
+        seed_value, stream, row_offset, num_samples, chunk_dim, clamp_min, clamp_max, want_z, reduction);
+    if (want_z && num_samples == 0) dense_z = with_layout_of(half(), dense_z);
+    return {dense_z, dense_kl};
+  }
+
+  LatentArgs args;
+  call.fill(args, mean, layout);
+  args.mean = in.mean.operand(layout);
+  args.logvar = in.logvar.operand(layout);
+  args.prior_mean = prior_m.operand(layout);
+  args.prior_logvar = prior_l.operand(layout);
+  if (want_z) args.z = sample_operand(z, call, z_view, layout);
+  args.kl = nats_operand(kl, call.reduction, layout, call.full, 1);
+  args.kl_scale = batch_scale(call.reduction, args.shape);
+  const Workspace scratch(mean, Device::latent_workspace(args, Pass::kForward));
+  Device::latent(args, Pass::kForward, scratch.data(), Device::context(mean));
+  return {z, kl};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
+    Tensor mean, OptionalTensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar, OptionalTensor grad_z,
+    OptionalTensor grad_kl, OptionalTensor seed, int64_t seed_value, int64_t stream, int64_t row_offset,
+    int64_t num_samples, int64_t chunk_dim, double clamp_min, double clamp_max, int64_t reduction, bool want_prior) {
+  typename Device::Guard guard(mean);
+  const LatentCall call(mean, logvar, seed, seed_value, stream, row_offset, num_samples, chunk_dim, clamp_min,
+                        clamp_max, reduction);
+  want_prior = want_prior && prior_mean;
+  const Halves in(mean, logvar, chunk_dim, call.full);
+  const View prior_m(prior_mean, call.full), prior_l(prior_logvar, call.full);
+  const View grad_z_view = grad_z ? sample_view(*grad_z, call) : View();
+  const bool elementwise = grad_kl && call.reduction == Reduction::kNone;
+  const View grad_kl_view = elementwise ? View(*grad_kl, call.full) : View();
+
+  Tensor grad_mean = empty_preserving(mean);
+  Tensor grad_logvar = logvar ? empty_preserving(*logvar) : nothing(mean);
+  Tensor grad_prior_mean = want_prior ? empty_dense(mean, call.full, mean.scalar_type()) : nothing(mean);
+  Tensor grad_prior_logvar = want_prior ? empty_dense(mean, call.full, mean.scalar_type()) : nothing(mean);
+  const Halves out(grad_mean, logvar ? OptionalTensor(grad_logvar) : std::nullopt, chunk_dim, call.full);
+  const View out_prior = want_prior ? View(grad_prior_mean, call.full) : View();
+  const View out_prior_logvar = want_prior ? View(grad_prior_logvar, call.full) : View();
+
+  const Strides* any = &in.mean.strides;
+  const EventLayout layout(
+      call.full, 1,
+      {any, &in.logvar.strides, &out.mean.strides, &out.logvar.strides, prior_m.data ? &prior_m.strides : any,
+       prior_l.data ? &prior_l.strides : any, grad_z ? &grad_z_view.strides : any,
+       elementwise ? &grad_kl_view.strides : any, want_prior ? &out_prior.strides : any});
+  if (!layout.fits()) {
+    auto [dm, dl, dpm, dpl] = latent_backward<Device>(
+        torch::stable::contiguous(mean), contiguous(logvar), contiguous(prior_mean), contiguous(prior_logvar),
+        contiguous(grad_z), elementwise ? contiguous(grad_kl) : grad_kl, seed, seed_value, stream, row_offset,
+        num_samples, chunk_dim, clamp_min, clamp_max, reduction, want_prior);
+    dm = with_layout_of(mean, dm);
+    if (logvar) dl = with_layout_of(*logvar, dl);
+    return {dm, dl, dpm, dpl};
+  }
+
+  LatentArgs args;
+  call.fill(args, mean, layout);
+  args.mean = in.mean.operand(layout);
+  args.logvar = in.logvar.operand(layout);
+  args.prior_mean = prior_m.operand(layout);
+  args.prior_logvar = prior_l.operand(layout);
+  if (grad_z) args.grad_z = sample_operand(*grad_z, call, grad_z_view, layout);
+  args.has_grad_kl = grad_kl.has_value();
+  args.grad_kl = nats_operand(grad_kl, call.reduction, layout, call.full, 1);
+  args.grad_kl_scale = batch_scale(call.reduction, args.shape);
+  args.grad_mean = out.mean.operand(layout);
+  args.grad_logvar = out.logvar.operand(layout);
+  if (want_prior) {
+    args.grad_prior_mean = out_prior.operand(layout);
+    args.grad_prior_logvar = out_prior_logvar.operand(layout);
+  }
+  const Workspace scratch(mean, Device::latent_workspace(args, Pass::kBackward));
+  Device::latent(args, Pass::kBackward, scratch.data(), Device::context(mean));
+  return {grad_mean, grad_logvar, grad_prior_mean, grad_prior_logvar};
+}
+
+}  // namespace fused_elbo
