@@ -8,6 +8,7 @@
 Importing initializes no device; kernels are loaded on first use.
 """
 
+from . import tracing
 from .backends import available_backends, explain, use_backend
 from .functional import (
     ELBOOutput,
@@ -38,5 +39,6 @@ __all__ = [
     "gaussian_log_likelihood",
     "reparameterize",
     "reparameterize_kl",
+    "tracing",
     "use_backend",
 ]

@@ -130,13 +130,33 @@ def select(device_type: str, requested: str | None) -> Kernels | None:
         RuntimeError: the requested backend cannot run here, or not on this device.
     """
     choice = (device_type, requested or _override)
+    answers = _selected
     try:
-        return _selected[choice]
+        return answers[choice]
     except KeyError:
         pass
-    kernels = _choose(*choice)[1]()
-    _selected[choice] = kernels
+    kernels = _answer(*choice)
+    answers[choice] = kernels
     return kernels
+
+
+def _answer(device_type: str, requested: str | None) -> Kernels | None:
+    from . import instrument
+
+    kernels = _choose(device_type, requested)[1]()
+    return instrument.instrument(kernels) if instrument.wanted() else kernels
+
+
+# Looking for libraries cannot be traced. This is torch.compiler.assume_constant_result without its
+# import of Dynamo.
+_answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def renew_selected() -> None:
+    """Answer anew what `select` has answered: kernels are to be instrumented, or no longer."""
+    global _selected
+    # Not changed in place: a thread amid select() must not put an old answer among the new.
+    _selected = {choice: _answer(*choice) for choice in list(_selected)}
 
 
 def explain(tensor: Tensor) -> str:

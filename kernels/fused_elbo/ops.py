@@ -43,6 +43,7 @@ class Kernels(NamedTuple):
     latent: Callable[..., tuple[Tensor, Tensor]]
     likelihood: Callable[..., Tensor]
     elbo: Callable[..., tuple[Tensor, ...]]
+    elbo_backward: Callable[..., tuple[Tensor | None, ...]]
 
 
 # ------------------------------------------------------------------------------------------------ sampling and KL
@@ -342,7 +343,7 @@ class _ELBO(Function):
         tensors = ELBOInputs(*inputs)  # type: ignore[arg-type]
         loss, ll, kl, *grads = kernels.elbo_forward(*_elbo_arguments(tensors, params), True)
         ctx.save_for_backward(*inputs, *grads)
-        ctx.params = params
+        ctx.kernels, ctx.params = kernels, params
         ctx.mark_non_differentiable(ll, kl)
         return loss, ll, kl
 
@@ -352,7 +353,9 @@ class _ELBO(Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = _elbo_backward_plain(inputs, ctx.params, grad_loss)
         else:
-            grads = _elbo_backward_scaled(inputs, ctx.params, ctx.saved_tensors[7:], grad_loss, ctx.needs_input_grad[2:8])
+            grads = ctx.kernels.elbo_backward(
+                inputs, ctx.params, ctx.saved_tensors[7:], grad_loss, ctx.needs_input_grad[2:8]
+            )
         return None, None, *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:8])), None
 
 
@@ -574,7 +577,7 @@ def kernels(namespace: str) -> Kernels:
             qualified, functools.partial(backward, namespace), setup_context=setup, lib=library
         )
         differentiable[name] = getattr(getattr(torch.ops, namespace), name).default
-    return Kernels(namespace, **raw, **differentiable)
+    return Kernels(namespace, **raw, **differentiable, elbo_backward=_elbo_backward_scaled)
 
 
 _libraries: list[torch.library.Library] = []  # a library undefines its operations when it is collected
