@@ -77,7 +77,7 @@ ElboOutput elbo_forward(Tensor recon_x, Tensor x, OptionalTensor recon_logvar, d
     return {loss_, ll_, kl_, grad_recon, grad_recon_logvar, dm, dl};
   }
 
-  args.loss_scale = batch_scale(reduction, call.args.shape);
+  args.loss_scale = batch_scale(reduction, call.args.shape.rows);
   args.reconstruction = call.args;
   args.reconstruction.ll_scale = 1;
   args.reconstruction.grad_ll_scale = -args.loss_scale;

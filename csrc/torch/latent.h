@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> latent_forward(Tensor mean, OptionalTensor logvar, Op
   args.prior_logvar = prior_l.operand(layout);
   if (want_z) args.z = sample_operand(z, call, z_view, layout);
   args.kl = nats_operand(kl, call.reduction, layout, call.full, 1);
-  args.kl_scale = batch_scale(call.reduction, args.shape);
+  args.kl_scale = batch_scale(call.reduction, args.shape.rows);
   const Workspace scratch(mean, Device::latent_workspace(args, Pass::kForward));
   Device::latent(args, Pass::kForward, scratch.data(), Device::context(mean));
   return {z, kl};
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
   if (grad_z) args.grad_z = sample_operand(*grad_z, call, grad_z_view, layout);
   args.has_grad_kl = grad_kl.has_value();
   args.grad_kl = nats_operand(grad_kl, call.reduction, layout, call.full, 1);
-  args.grad_kl_scale = batch_scale(call.reduction, args.shape);
+  args.grad_kl_scale = batch_scale(call.reduction, args.shape.rows);
   args.grad_mean = out.mean.operand(layout);
   args.grad_logvar = out.logvar.operand(layout);
   if (want_prior) {

@@ -82,7 +82,7 @@ class Likelihood {
     args.mean = mean.operand(layout);
     args.logvar = logvar.operand(layout);
     args.ll = nats_operand(nats, reduction_, layout, full_, batch_dims_);
-    args.ll_scale = batch_scale(reduction_, args.shape);
+    args.ll_scale = batch_scale(reduction_, args.shape.samples * args.shape.rows);
     args.grad_ll = nats_operand(upstream, reduction_, layout, full_, batch_dims_);
     args.grad_ll_scale = args.ll_scale;
     args.grad_mean = grad_mean_view.operand(layout);

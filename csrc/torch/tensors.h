@@ -158,10 +158,9 @@ inline Operand nats_operand(const OptionalTensor& nats, Reduction reduction, con
   return result;
 }
 
-inline double batch_scale(Reduction reduction, const Shape& shape) {
-  if (reduction != Reduction::kBatchMean) return 1.0;
-  return 1.0 /
-         static_cast<double>(shape.samples * shape.rows);  // infinite for an empty batch: 0 * inf, as torch's mean
+// What a mean over the batch multiplies the sum with. Infinite for an empty batch: 0 * inf is NaN, as torch's mean.
+inline double batch_scale(Reduction reduction, int64_t batch) {
+  return reduction == Reduction::kBatchMean ? 1.0 / static_cast<double>(batch) : 1.0;
 }
 
 inline OptionalTensor contiguous(const OptionalTensor& t) {
