@@ -1,0 +1,133 @@
+"""``fused-vae``: the command line. A user's mistake ends in one line on stderr, exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from .errors import UserError
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; this says the error alone."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options that were not given are absent from the result, so that --resume can tell them from
+    defaults.
+    """
+    parser = _Parser(
+        prog="fused-vae", description="Variational autoencoders on fused ELBO kernels."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train a VAE on images",
+        description=(
+            "Train a VAE on images; write a checkpoint, metrics and pictures to a run folder."
+        ),
+        argument_default=argparse.SUPPRESS,
+    )
+    option = train.add_argument
+    option(
+        "data",
+        nargs="?",
+        help=(
+            "mnist (5000 digits, the default), faces, digits, a folder of images, or a .npy or .npz"
+            " file"
+        ),
+    )
+    option("--run", help="the run folder (default: runs/ and the name of the data)")
+    option(
+        "--overwrite",
+        action="store_true",
+        help="replace a run that has this name, once the new one is complete",
+    )
+    option(
+        "--resume",
+        action="store_true",
+        help="continue an unfinished run exactly as if it had never stopped",
+    )
+    option("--network", help="conv (default) or mlp")
+    option("--latent", type=int, help="latent dimensions (default: 16)")
+    option(
+        "--variance",
+        help="of the decoder: learned (one sigma, default), unit, fixed or predicted (per pixel)",
+    )
+    option(
+        "--sigma",
+        type=float,
+        help="the decoder's sigma when fixed, its start when learned (default: 0.25)",
+    )
+    option("--beta", type=float, help="weight of the KL in the loss (default: 1, the ELBO)")
+    option("--epochs", type=int, help="default: about 900 steps, at most 60 epochs")
+    option("--batch-size", type=int, help="default: 100, fewer for less than 300 images")
+    option("--lr", type=float, help="highest learning rate of Adam (default: 0.002)")
+    option("--held-out", type=float, help="share of the images kept from training (default: 0.1)")
+    option("--seed", type=int, help="the same seed gives the same run, bit for bit (default: 0)")
+    option("--precision", help="float32 (default) or bfloat16 (autocast)")
+    option("--device", help="cpu or cuda (default: cuda if there is one)")
+    option("--threads", type=int, help="CPU threads (default: torch's choice)")
+    option("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        arguments = vars(build_parser().parse_args(argv))
+        signal.signal(signal.SIGTERM, _interrupt)
+        return _train(arguments)
+    except UserError as error:
+        print(f"fused-vae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "fused-vae: stopped; the same command with --resume continues after the last epoch",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _train(arguments: dict[str, Any]) -> int:
+    from . import job  # torch is imported only once the options are known to be readable
+    from .config import TrainConfig
+    from .train import TrainingError
+
+    names = {field.name for field in fields(TrainConfig)}
+    options = {k: v for k, v in arguments.items() if k in names}
+    overwrite, resume = arguments.get("overwrite", False), arguments.get("resume", False)
+    if overwrite and resume:
+        raise UserError("--overwrite and --resume exclude each other")
+    run = arguments.get("run") or job.default_run(options.get("data", TrainConfig.data))
+    machine = job.Machine(
+        arguments.get("device"),
+        arguments.get("threads"),
+        progress=not arguments.get("quiet", False),
+    )
+    try:
+        if resume:
+            job.resume(run, options, machine)
+        else:
+            job.start(run, TrainConfig(**options), machine, overwrite=overwrite)
+    except TrainingError as error:
+        print(f"fused-vae: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""The one exception that a user's mistake ends in."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A bad input or a missing package, said in one line that tells what to do. The command line
+    exits with status 2.
+    """
+
+
+def missing_package(package: str, purpose: str) -> UserError:
+    """`package` is the name that pip knows."""
+    return UserError(
+        f"{purpose} needs {package}: pip install 'fused-elbo[vae]' (or pip install {package})"
+    )

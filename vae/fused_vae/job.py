@@ -1,0 +1,260 @@
+"""One ``fused-vae train``: data, baseline, epochs, and the run folder with everything a person
+wants to look at.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import data, plots
+from .baseline import ProbabilisticPCA
+from .config import TrainConfig
+from .data import Images
+from .errors import UserError, missing_package
+from .model import VAE
+from .networks import count_parameters
+from .run_folder import CHECKPOINT, CONFIG, METRICS, RunFolder, read_checkpoint, read_json
+from .train import DEQUANTISE, NOISE_PICTURES, Trainer, load_model, seeded
+
+IMPORTANCE_SAMPLES = 50
+PICTURES = 16
+SAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run may use, which its result does not depend on (threads: to rounding)."""
+
+    device: str | None = None
+    threads: int | None = None
+    progress: bool = True
+
+    def prepare(self) -> torch.device:
+        """Apply the thread count and check the device.
+
+        Raises:
+            UserError: no such device.
+        """
+        if self.threads is not None:
+            if self.threads < 1:
+                raise UserError(f"--threads must be at least 1, got {self.threads}")
+            torch.set_num_threads(self.threads)
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name not in ("cpu", "cuda"):
+            raise UserError(f"--device must be cpu or cuda, got {name}")
+        if name == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: this torch sees no GPU")
+        return torch.device(name)
+
+
+def default_run(source: str) -> Path:
+    """runs/ and the name of the data."""
+    return Path("runs") / (
+        source if source in data.BUILT_IN else Path(source).resolve().stem or "images"
+    )
+
+
+def start(run: str | Path, config: TrainConfig, machine: Machine, *, overwrite: bool) -> Path:
+    """Train from the beginning; returns the run folder.
+
+    Raises:
+        UserError: bad data or options, or a run folder that is taken or cannot be written.
+    """
+    device = _check_packages(machine)
+    images = data.load(config.data)
+    train, held_out = images.split(config.held_out, config.seed)
+    config = config.resolved(train)
+    trainer = Trainer(config, train, held_out, device)
+    folder = RunFolder(run)
+    folder.create(overwrite=overwrite)
+    folder.write_json(CONFIG, {"train": config.to_dict(), "images": _describe(images)})
+    return _Job(folder, trainer, images, train, held_out, machine).run()
+
+
+def resume(run: str | Path, options: dict[str, Any], machine: Machine) -> Path:
+    """Continue an unfinished run from its last checkpoint; `options` may repeat the run's own, not
+    change them.
+
+    Raises:
+        UserError: no such run, other options or other data than it was started with.
+    """
+    device = _check_packages(machine)
+    folder = RunFolder(run)
+    stored = folder.read_config()
+    config = TrainConfig.from_dict(stored["train"])
+    asked = TrainConfig(**{**config.to_dict(), **options})
+    if "data" in options and asked.data not in data.BUILT_IN:
+        asked = TrainConfig(**{**asked.to_dict(), "data": str(Path(asked.data).resolve())})
+    if changes := config.differences(asked):
+        raise UserError(f"--resume continues a run as it was started: {'; '.join(changes)}")
+    images = data.load(config.data)
+    if stored["images"] != _describe(images):
+        raise UserError(
+            f"--resume: the images of {config.data} are not those that the run was started with"
+        )
+    train, held_out = images.split(config.held_out, config.seed)
+    trainer = Trainer(config, train, held_out, device)
+    if (folder.folder / CHECKPOINT).is_file():
+        trainer.restore(*read_checkpoint(folder.folder))
+    return _Job(folder, trainer, images, train, held_out, machine).run()
+
+
+def load_run(run: str | Path) -> tuple[VAE, TrainConfig, Images]:
+    """The trained model of a run folder, its configuration and its images.
+
+    Raises:
+        UserError: not a run folder, or its data are gone.
+    """
+    folder = Path(run)
+    stored = read_json(folder / CONFIG)
+    config = TrainConfig.from_dict(stored["train"])
+    images = data.load(config.data)
+    model = config.build(images)
+    load_model(model, read_checkpoint(folder)[0])
+    return model.eval(), config, images
+
+
+def _check_packages(machine: Machine) -> torch.device:
+    for package, purpose in (
+        ("safetensors", "saving a run"),
+        ("matplotlib", "drawing"),
+        ("tqdm", "the progress bar"),
+    ):
+        if importlib.util.find_spec(package) is None:
+            raise missing_package(package, purpose)
+    return machine.prepare()
+
+
+def _describe(images: Images) -> dict[str, Any]:
+    """What the checkpoint fits, and a checksum that tells whether the data have changed."""
+    return {
+        "name": images.name,
+        "count": len(images),
+        "shape": list(images.shape),
+        "levels": images.levels,
+        "crc32": zlib.crc32(images.pixels.contiguous().numpy().tobytes()),
+    }
+
+
+@dataclass
+class _Job:
+    folder: RunFolder
+    trainer: Trainer
+    images: Images
+    train: Images
+    held_out: Images
+    machine: Machine
+    baseline: float = math.nan
+
+    def run(self) -> Path:
+        self._introduce()
+        trainer = self.trainer
+        with self._progress_bar() as bar:
+            for row in trainer.progress.history:
+                bar.write(_line(row))
+            for steps in trainer.epochs():
+                for _ in steps:
+                    bar.update()
+                self._save()
+                bar.write(_line(trainer.progress.history[-1]))
+        self._conclude()
+        return self.folder.final
+
+    def _introduce(self) -> None:
+        config, trainer, images = self.trainer.config, self.trainer, self.images
+        channels, height, width = images.shape
+        x = self.train.dequantise(seeded(config.seed, DEQUANTISE))
+        pca = ProbabilisticPCA.fit(x, config.latent, floor=images.rounding_error)
+        exact = float(pca.log_prob(trainer.x_held_out.cpu()).mean())
+        entropy = images.nats_per_density
+        self.baseline = exact - entropy
+        print(
+            f"data      {images.name}: {len(images)} images of {channels}x{height}x{width},",
+            end=" ",
+        )
+        print(f"{images.levels} levels; {len(self.train)} to train, {len(self.held_out)} held out")
+        print(f"model     {config.network}, {config.latent} latent dimensions,", end=" ")
+        print(
+            f"{config.variance} variance, {count_parameters(trainer.model):,} parameters", end=" "
+        )
+        print(f"on {trainer.device}")
+        print(
+            f"baseline  probabilistic PCA, {config.latent} latent dimensions, learned sigma",
+            end=" ",
+        )
+        print(f"{math.sqrt(pca.noise_variance):.4f}: exact log p(x) = {self.baseline:.1f}")
+        print(
+            f"units     nats per held-out image: a density on [0, 1] minus {entropy:.1f}", end=" "
+        )
+        print(f"= {math.prod(images.shape)} ln {images.levels}")
+        print(f"run       {self.folder.folder}, renamed to {self.folder.final.name} when complete")
+        print("\nepoch  held-out:  ELBO      rate  distortion   sigma   training ELBO", flush=True)
+
+    def _progress_bar(self) -> Any:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        return tqdm(
+            total=self.trainer.total_steps,
+            initial=self.trainer.progress.step,
+            unit="step",
+            desc="training",
+            disable=not self.machine.progress,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+        )
+
+    def _save(self) -> None:
+        history = self.trainer.progress.history
+        self.folder.save_checkpoint(*self.trainer.state())
+
+        def write_metrics(path: Path) -> None:
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(history[0]))
+                writer.writeheader()
+                writer.writerows(history)
+
+        self.folder.write(METRICS, write_metrics)
+
+    def _conclude(self) -> None:
+        trainer, folder = self.trainer, self.folder
+        history = trainer.progress.history
+        x = trainer.x_held_out[:PICTURES]
+        key = trainer.key.fold_in(NOISE_PICTURES)
+        restored = trainer.model.eval().reconstruct(x)
+        drawn = trainer.model.sample(SAMPLES, trainer.config.latent, key=key)
+        folder.write("reconstructions.png", lambda path: plots.reconstructions(path, x, restored))
+        folder.write("samples.png", lambda path: plots.samples(path, drawn))
+        folder.write("curves.png", lambda path: plots.learning_curves(path, history, self.baseline))
+        bound = trainer.log_prob(IMPORTANCE_SAMPLES)
+        summary = {
+            **history[-1],
+            "log_prob_bound": bound,
+            "importance_samples": IMPORTANCE_SAMPLES,
+            "baseline_log_prob": self.baseline,
+        }
+        folder.write_json("summary.json", summary)
+        folder.finish()
+        elbo = history[-1]["elbo"]
+        print(
+            f"\nheld-out ELBO {elbo:.1f} nats per image, {abs(elbo - self.baseline):.1f}"
+            f" {'above' if elbo > self.baseline else 'below'} probabilistic PCA"
+            f" ({self.baseline:.1f}); log p(x) >= {bound:.1f} with {IMPORTANCE_SAMPLES} importance"
+            f" samples\nlook at {folder.final}: reconstructions.png, samples.png, curves.png,"
+            " metrics.csv"
+        )
+
+
+def _line(row: dict[str, float]) -> str:
+    return (
+        f"{row['epoch']:5d} {row['elbo']:15.1f} {row['rate']:9.1f} {row['distortion']:11.1f} "
+        f"{row['sigma']:7.4f} {row['train_elbo']:15.1f}"
+    )

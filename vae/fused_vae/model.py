@@ -1,0 +1,201 @@
+"""The variational autoencoder of Kingma & Welling (arXiv:1312.6114), on the fused operations.
+
+    prior       p(z)   = N(0, I)
+    posterior   q(z|x) = N(mean(x), diag exp(logvar(x)))       the encoder
+    likelihood  p(x|z) = N(decode(z), variance)                the decoder
+    ELBO(x)            = E_q[log p(x|z)] - KL(q(z|x) || p(z))  <= log p(x)
+
+All of them are in nats per image, never averaged over pixels or latent dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fused_elbo import (
+    DiagonalGaussian,
+    NoiseKey,
+    elbo_loss,
+    gaussian_log_likelihood,
+    reparameterize,
+    tracing,
+)
+
+Variance = Literal["unit", "fixed", "learned", "predicted"]
+
+
+class VAEOutput(NamedTuple):
+    """What one pass through the model gives."""
+
+    loss: Tensor  # []: minus the ELBO (KL weighted by beta), batch mean; has the gradient
+    log_likelihood: Tensor  # [B]: log p(x|z), z ~ q(z|x)
+    kl: Tensor  # [B]: KL(q(z|x) || p(z)), unweighted
+    reconstruction: Tensor  # [B, *event]: the mean of p(x|z)
+
+    @property
+    def elbo(self) -> Tensor:
+        """[B]: log_likelihood - kl, whatever the beta that was trained with."""
+        return self.log_likelihood - self.kl
+
+
+class GaussianLikelihood(nn.Module):
+    """p(x|z) = N(mean, variance), with one of four ways to choose the variance.
+
+    ``unit``
+        Variance 1: minus the log-likelihood is half the summed squared error plus a constant.
+    ``fixed``
+        ``sigma**2`` everywhere. Equals ``unit`` with beta = sigma**2 up to scale, so a fixed sigma
+        is a choice of beta.
+    ``learned``
+        One sigma for the whole data set, trained with the rest; its optimum is the root-mean-square
+        residual (sigma-VAE, arXiv:2006.13202).
+    ``predicted``
+        The decoder gives a log-variance beside each mean: it needs ``outputs`` = 2 numbers per
+        pixel.
+
+    Args:
+        variance: which of the four.
+        sigma: the standard deviation that ``fixed`` keeps and ``learned`` starts from.
+        bounded: pixels lie in [0, 1], and so does the mean: what the decoder gives for it goes
+            through a sigmoid.
+        floor: the least sigma that ``predicted`` may give, e.g. the rounding error of the pixels.
+            Without it the density
+            of a constant pixel has no upper bound.
+    """
+
+    def __init__(
+        self,
+        variance: Variance = "learned",
+        sigma: float = 0.25,
+        *,
+        bounded: bool = False,
+        floor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if variance not in get_args(Variance):
+            raise ValueError(f"variance must be one of {get_args(Variance)}, got {variance!r}")
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"sigma must be positive, got {sigma}")
+        self.variance = variance
+        self.bounded = bounded
+        self.floor = floor
+        self.logvar: nn.Parameter | float | None = None
+        if variance == "fixed":
+            self.logvar = 2 * math.log(sigma)
+        elif variance == "learned":
+            self.logvar = nn.Parameter(torch.tensor(2 * math.log(sigma)))
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers per pixel the decoder must give."""
+        return 2 if self.variance == "predicted" else 1
+
+    def forward(self, decoded: Tensor) -> tuple[Tensor, Tensor | float | None]:
+        """Split what the decoder gave into mean and log-variance (None: unit variance)."""
+        mean = decoded
+        logvar: Tensor | float | None = self.logvar
+        if self.variance == "predicted":
+            mean, spread = decoded.chunk(2, dim=1)
+            logvar = spread.clamp(min=2 * math.log(self.floor)) if self.floor > 0 else spread
+        return (mean.sigmoid() if self.bounded else mean), logvar
+
+
+class VAE(nn.Module):
+    """A variational autoencoder with prior N(0, I) and Gaussian posterior and likelihood.
+
+    Args:
+        encoder: maps x ``[B, *event]`` to the moments of q(z|x), mean and log-variance concatenated
+            along dimension 1.
+        decoder: maps z ``[B, latent]`` to ``likelihood.outputs`` numbers per element of x,
+            concatenated along dimension 1.
+        likelihood: p(x|z) given what the decoder gives.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, likelihood: GaussianLikelihood
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood = likelihood
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """q(z|x), a distribution over ``[B, latent]``."""
+        with tracing.range("encoder"):
+            return DiagonalGaussian.from_moments(self.encoder(x))
+
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor | float | None]:
+        """Mean and log-variance of p(x|z); the mean has the shape of x, the log-variance broadcasts
+        to it.
+        """
+        with tracing.range("decoder"):
+            mean, logvar = self.likelihood(self.decoder(z))
+        return mean, logvar
+
+    def forward(
+        self, x: Tensor, *, key: NoiseKey | None = None, beta: float | Tensor = 1.0
+    ) -> VAEOutput:
+        """The negative ELBO and its parts, from one sample of z per image.
+
+        Args:
+            x: ``[B, *event]``.
+            key: names the noise; the same key gives the same z. None draws one from torch's
+                generator.
+            beta: weight of the KL in the loss (beta-VAE; 1 is the ELBO).
+        """
+        q = self.encode(x)
+        with tracing.range("latent"):
+            z, kl = q.sample_kl(key=key)
+        mean, logvar = self.decode(z)
+        with tracing.range("likelihood"):
+            loss, log_likelihood, kl = elbo_loss(mean, x, kl=kl, recon_logvar=logvar, beta=beta)
+        return VAEOutput(loss, log_likelihood, kl, mean)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The mean of p(x|z) at the mean of q(z|x): the picture without sampling noise."""
+        return self.decode(self.encode(x).mode())[0]
+
+    @torch.no_grad()
+    def sample(self, *shape: int, key: NoiseKey | None = None) -> Tensor:
+        """The mean of p(x|z) for z ~ N(0, I) of this shape, batch first: ``vae.sample(64, 16)`` is
+        64 pictures.
+        """
+        like = next(self.parameters())
+        zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self.decode(reparameterize(zeros, zeros, key=key))[0]
+
+    @torch.no_grad()
+    def log_prob(
+        self, x: Tensor, num_samples: int = 100, *, key: NoiseKey | None = None, chunk: int = 50
+    ) -> Tensor:
+        """Importance-weighted lower bound on log p(x), ``[B]`` nats (IWAE, arXiv:1509.00519).
+
+        log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x) with z_k ~ q(z|x): the ELBO for K = 1, tighter with
+        every further sample, log p(x) in the limit. Decodes at most ``chunk`` samples per image at
+        a time; each chunk folds its number into `key`.
+        """
+        if num_samples < 1 or chunk < 1:
+            raise ValueError(f"num_samples and chunk must be positive, got {num_samples}, {chunk}")
+        q = self.encode(x)
+        log_weights = [
+            self._log_weights(x, q, min(chunk, num_samples - start), key and key.fold_in(start))
+            for start in range(0, num_samples, chunk)
+        ]
+        return torch.cat(log_weights).logsumexp(0) - math.log(num_samples)
+
+    def _log_weights(
+        self, x: Tensor, q: DiagonalGaussian, samples: int, key: NoiseKey | None
+    ) -> Tensor:
+        """[K, B]: log p(x, z_k) - log q(z_k|x)."""
+        z = q.rsample(samples, key=key)
+        mean, logvar = self.decode(z.flatten(0, 1))
+        mean = mean.unflatten(0, z.shape[:2])
+        if isinstance(logvar, Tensor) and logvar.dim() > 0:
+            logvar = logvar.unflatten(0, z.shape[:2])
+        log_prior = gaussian_log_likelihood(z, torch.zeros_like(q.mean))
+        return gaussian_log_likelihood(x, mean, logvar) + log_prior - q.log_prob(z)
