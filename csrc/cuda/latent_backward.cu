@@ -1,0 +1,203 @@
+// Gradients of z = mean + exp(logvar / 2) eps and of KL(q || p), the noise made anew from its counters:
+//   grad_mean = grad_z + g mean
+//   grad_logvar = 1/2 grad_z exp(logvar / 2) eps + g 1/2 (exp(logvar) - 1),  g the upstream gradient of the row's KL
+// and for a learned prior with d = mean - prior_mean, s = d exp(-prior_logvar), e = 1/2 (exp(logvar - prior_logvar) - 1):
+//   g s, g e for mean and logvar; -g s, -g (e + 1/2 s d) for prior_mean and prior_logvar.
+//
+// Bytes per element: read mean, logvar, grad_z, write grad_mean, grad_logvar: 20 in float32, 10 in bfloat16 and float16, 40 in float64;
+// four more tensors with a learned prior. Nothing is kept from the forward pass.
+// Launch: as the forward pass (latent_forward.cu); no reductions.
+#include "latent.cuh"
+#include "launch.cuh"
+
+namespace fused_elbo {
+namespace cuda {
+namespace {
+
+template <typename T>
+struct Pointers {
+  const T *mean, *logvar, *grad_z;
+  T *grad_mean, *grad_logvar;
+};
+
+template <typename T, bool kClamp, int kUnits, typename Acc = typename Traits<T>::Acc>
+__device__ inline void backward_units(const Pointers<T>& p, const Philox& philox, uint32_t counter, const Bounds<Acc>& bounds,
+                                      Acc grad_kl, uint32_t unit, uint32_t stride) {
+  constexpr int kUnit = Traits<T>::kUnit;
+  Acc m[kUnits][kUnit], lv[kUnits][kUnit], gz[kUnits][kUnit];
+#pragma unroll
+  for (int i = 0; i < kUnits; ++i) {
+    const uint64_t at = static_cast<uint64_t>(unit + i * stride) * kUnit;
+    load_vector(p.mean + at, m[i]);
+    load_vector(p.logvar + at, lv[i]);
+    load_vector(p.grad_z + at, gz[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kUnits; ++i) {
+    Acc half_eps[kUnit];
+#pragma unroll
+    for (int g = 0; g < kUnit / 4; ++g) {
+      normals<true>(philox(counter + (unit + i * stride) * (kUnit / 4) + g), half_eps + 4 * g);
+    }
+    const Acc half_grad_kl = Acc(0.5) * grad_kl;
+    Acc grad_mean[kUnit], grad_logvar[kUnit];
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) {
+      const LogVar<Acc> v = logvar_terms(kClamp ? clamp(lv[i][j], bounds.min, bounds.max) : lv[i][j]);
+      grad_mean[j] = fma(grad_kl, m[i][j], gz[i][j]);
+      grad_logvar[j] = fma(gz[i][j] * v.std, half_eps[j], half_grad_kl * v.expm1());
+      if (kClamp) grad_logvar[j] = lv[i][j] < bounds.min || lv[i][j] > bounds.max ? Acc(0) : grad_logvar[j];
+    }
+    const uint64_t at = static_cast<uint64_t>(unit + i * stride) * kUnit;
+    store_vector(p.grad_mean + at, grad_mean);
+    store_vector(p.grad_logvar + at, grad_logvar);
+  }
+}
+
+template <typename Acc>
+__device__ inline Acc row_grad_kl(const LatentParams& p, int64_t row) {
+  const Acc scale = static_cast<Acc>(p.grad_kl_scale);
+  return p.grad_kl.present() ? static_cast<const Acc*>(p.grad_kl.data)[row * p.grad_kl.row] * scale : scale;
+}
+
+template <typename T, bool kClamp>
+__global__ void __launch_bounds__(kThreads, 4) latent_backward_fast(const __grid_constant__ LatentParams p) {
+  using Acc = typename Traits<T>::Acc;
+  constexpr int kUnit = Traits<T>::kUnit;
+  constexpr int kUnits = 8 / kUnit;
+  const Place place = find_place(p.plan, blockIdx.x);
+  if (!place.active) return;
+  const int64_t first = place.first_unit * kUnit;
+  const int64_t row = place.row;
+  const Pointers<T> pointers{static_cast<const T*>(p.mean.data) + row * p.mean.row + first,
+                             static_cast<const T*>(p.logvar.data) + row * p.logvar.row + first,
+                             static_cast<const T*>(p.grad_z.data) + row * p.grad_z.row + first,
+                             static_cast<T*>(p.grad_mean.data) + row * p.grad_mean.row + first,
+                             static_cast<T*>(p.grad_logvar.data) + row * p.grad_logvar.row + first};
+  const uint64_t counter = (p.first_index + static_cast<uint64_t>(row * p.index.row + first)) >> 2;
+  const Philox philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
+  const Bounds<Acc> bounds = clamp_bounds(p, Acc());
+  const Acc grad_kl = row_grad_kl<Acc>(p, row);
+
+  uint32_t unit = place.begin;
+  for (; unit + (kUnits - 1) * place.stride < place.end; unit += kUnits * place.stride) {
+    backward_units<T, kClamp, kUnits>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit, place.stride);
+  }
+  if constexpr (kUnits > 1) {
+    if (unit < place.end) {
+      backward_units<T, kClamp, 1>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit, place.stride);
+    }
+  }
+}
+
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid_constant__ LatentParams p) {
+  using Acc = typename Traits<T>::Acc;
+  constexpr int kUnit = Traits<T>::kUnit;
+  const Place place = find_place(p.plan, blockIdx.x);
+  const int64_t row = place.row;
+  const uint64_t seed = load_seed(p);
+  const Bounds<Acc> bounds = clamp_bounds(p, Acc());
+  const bool learned = p.prior_mean.present();
+  const bool elementwise = p.result.reduction == Reduction::kNone && p.grad_kl.present();
+  const Acc scale = static_cast<Acc>(p.grad_kl_scale);
+  const Acc row_grad = !p.has_grad_kl || elementwise || !place.active ? Acc(0) : row_grad_kl<Acc>(p, row);
+
+  for (uint32_t u = place.begin; u < place.end; u += place.stride) {
+    const Unit<kVector> unit(p.plan, place.first_unit + u, kUnit);
+    Acc logvar[kUnit];
+    unit.template load<T>(p.logvar, row * p.logvar.row, logvar);
+
+    // Sums over samples: of grad_z, and of grad_z eps / 2.
+    Acc grad_mean[kUnit] = {}, grad_logvar[kUnit] = {};
+    if (p.grad_z.present()) {
+      const uint64_t index = p.first_index + static_cast<uint64_t>(row * p.index.row + unit.at(p.index));
+      for (int64_t k = 0; k < p.samples; ++k) {
+        Acc grad_z[kUnit], half_eps[kUnit];
+        unit.template load<T>(p.grad_z, k * p.grad_z.sample + row * p.grad_z.row, grad_z);
+        unit_normals<kVector, true>(index, static_cast<uint32_t>(k), p.stream, seed, half_eps);
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) {
+          grad_mean[j] += grad_z[j];
+          grad_logvar[j] = fma(grad_z[j], half_eps[j], grad_logvar[j]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        const Acc clamped = p.clamp ? clamp(logvar[j], bounds.min, bounds.max) : logvar[j];
+        grad_logvar[j] *= logvar_terms(clamped).std;
+      }
+    }
+
+    if (p.has_grad_kl) {
+      Acc mean[kUnit], grad_kl[kUnit];
+      unit.template load<T>(p.mean, row * p.mean.row, mean);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) grad_kl[j] = row_grad;
+      if (elementwise) {
+        unit.template load<Acc>(p.grad_kl, row * p.grad_kl.row, grad_kl);
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) grad_kl[j] *= scale;
+      }
+      Acc prior_mean[kUnit], prior_logvar[kUnit];
+      if (learned) {
+        unit.template load<T>(p.prior_mean, row * p.prior_mean.row, prior_mean);
+        unit.template load<T>(p.prior_logvar, row * p.prior_logvar.row, prior_logvar);
+      }
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        const Acc clamped = p.clamp ? clamp(logvar[j], bounds.min, bounds.max) : logvar[j];
+        const Acc half_grad = Acc(0.5) * grad_kl[j];
+        if (learned) {
+          const Acc difference = mean[j] - prior_mean[j];
+          const Acc by_mean = difference * math::exp(-prior_logvar[j]);
+          const Acc expm1 = logvar_terms(clamped - prior_logvar[j]).expm1();
+          grad_mean[j] = fma(grad_kl[j], by_mean, grad_mean[j]);
+          grad_logvar[j] = fma(half_grad, expm1, grad_logvar[j]);
+          prior_mean[j] = -grad_kl[j] * by_mean;
+          prior_logvar[j] = -half_grad * fma(by_mean, difference, expm1);
+        } else {
+          grad_mean[j] = fma(grad_kl[j], mean[j], grad_mean[j]);
+          grad_logvar[j] = fma(half_grad, logvar_terms(clamped).expm1(), grad_logvar[j]);
+        }
+      }
+      if (p.grad_prior_mean.present()) unit.template store<T>(p.grad_prior_mean, row * p.grad_prior_mean.row, prior_mean);
+      if (p.grad_prior_logvar.present()) unit.template store<T>(p.grad_prior_logvar, row * p.grad_prior_logvar.row, prior_logvar);
+    }
+
+    if (p.clamp) {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        grad_logvar[j] = logvar[j] < bounds.min || logvar[j] > bounds.max ? Acc(0) : grad_logvar[j];
+      }
+    }
+    if (p.grad_mean.present()) unit.template store<T>(p.grad_mean, row * p.grad_mean.row, grad_mean);
+    if (p.grad_logvar.present()) unit.template store<T>(p.grad_logvar, row * p.grad_logvar.row, grad_logvar);
+  }
+}
+
+template <typename T>
+void launch_typed(const LatentParams& p, LatentPath path, void* stream) {
+  if constexpr (sizeof(T) < 8) {
+    if (path.fast) return launch(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>, p.plan.tiles, p, stream);
+  }
+  launch(path.vector ? latent_backward_general<T, true> : latent_backward_general<T, false>, p.plan.tiles, p, stream);
+}
+
+}  // namespace
+
+void launch_latent_backward(const LatentParams& p, DType dtype, LatentPath path, void* stream) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return launch_typed<float>(p, path, stream);
+    case DType::kFloat64:
+      return launch_typed<double>(p, path, stream);
+    case DType::kBFloat16:
+      return launch_typed<BFloat16>(p, path, stream);
+    case DType::kFloat16:
+      return launch_typed<Float16>(p, path, stream);
+  }
+}
+
+}  // namespace cuda
+}  // namespace fused_elbo

@@ -1,0 +1,170 @@
+// dtypes as the kernels see them: storage, the type that arithmetic runs in, and units of elements moved 16 bytes at a time.
+#pragma once
+
+#include "../args.h"
+#include "intrinsics.cuh"
+
+namespace fused_elbo {
+namespace cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Acc: all arithmetic and sums. kUnit: the elements one thread takes at once, a whole number of 16-byte accesses and of
+// Philox counters (4 normals each).
+template <typename T>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Acc = float;
+  static constexpr int kUnit = 4;
+  static constexpr DType kDType = DType::kFloat32;
+};
+template <>
+struct Traits<double> {
+  using Acc = double;
+  static constexpr int kUnit = 4;
+  static constexpr DType kDType = DType::kFloat64;
+};
+template <>
+struct Traits<BFloat16> {
+  using Acc = float;
+  static constexpr int kUnit = 8;
+  static constexpr DType kDType = DType::kBFloat16;
+};
+template <>
+struct Traits<Float16> {
+  using Acc = float;
+  static constexpr int kUnit = 8;
+  static constexpr DType kDType = DType::kFloat16;
+};
+
+__device__ inline float to_acc(float x) { return x; }
+__device__ inline double to_acc(double x) { return x; }
+__device__ inline float to_acc(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ inline float to_acc(Float16 x) {
+  float low, high;
+  unpack_float16(x.bits, low, high);
+  return low;
+}
+
+template <typename T, typename Acc>
+__device__ inline T from_acc(Acc x) {
+  return static_cast<T>(x);
+}
+template <>
+__device__ inline BFloat16 from_acc<BFloat16, float>(float x) {
+  return {static_cast<uint16_t>(pack_bfloat16(x, 0.0f))};
+}
+template <>
+__device__ inline Float16 from_acc<Float16, float>(float x) {
+  return {static_cast<uint16_t>(pack_float16(x, 0.0f))};
+}
+
+// 16 bytes of T to and from arithmetic.
+__device__ inline void unpack(uint4 raw, float (&v)[4], float) {
+  v[0] = __uint_as_float(raw.x);
+  v[1] = __uint_as_float(raw.y);
+  v[2] = __uint_as_float(raw.z);
+  v[3] = __uint_as_float(raw.w);
+}
+__device__ inline void unpack(uint4 raw, float (&v)[8], BFloat16) {
+  const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = __uint_as_float(w[i] << 16);
+    v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+  }
+}
+__device__ inline void unpack(uint4 raw, float (&v)[8], Float16) {
+  const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unpack_float16(w[i], v[2 * i], v[2 * i + 1]);
+}
+
+__device__ inline uint4 pack(const float (&v)[4], float) {
+  return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+__device__ inline uint4 pack(const float (&v)[8], BFloat16) {
+  return make_uint4(pack_bfloat16(v[0], v[1]), pack_bfloat16(v[2], v[3]), pack_bfloat16(v[4], v[5]), pack_bfloat16(v[6], v[7]));
+}
+__device__ inline uint4 pack(const float (&v)[8], Float16) {
+  return make_uint4(pack_float16(v[0], v[1]), pack_float16(v[2], v[3]), pack_float16(v[4], v[5]), pack_float16(v[6], v[7]));
+}
+
+// One unit, 16 bytes per access. `p` must be 16-byte aligned.
+template <typename T, typename Acc, int kUnit>
+__device__ inline void load_vector(const T* p, Acc (&v)[kUnit]) {
+  if constexpr (sizeof(T) * kUnit == 16) {
+    unpack(*reinterpret_cast<const uint4*>(p), v, T{});
+  } else if constexpr (sizeof(T) == 4) {  // float beside a 2-byte dtype: two accesses
+    float half[4];
+#pragma unroll
+    for (int i = 0; i < kUnit; i += 4) {
+      unpack(*reinterpret_cast<const uint4*>(p + i), half, 0.0f);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[i + j] = half[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnit; i += 2) {
+      const double2 pair = *reinterpret_cast<const double2*>(p + i);
+      v[i] = pair.x;
+      v[i + 1] = pair.y;
+    }
+  }
+}
+
+// (__stwb is the default store; a plain assignment is taken apart into 4-byte stores.)
+template <typename T, typename Acc, int kUnit>
+__device__ inline void store_vector(T* p, const Acc (&v)[kUnit]) {
+  if constexpr (sizeof(T) * kUnit == 16) {
+    __stwb(reinterpret_cast<uint4*>(p), pack(v, T{}));
+  } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < kUnit; i += 4) {
+      const float half[4] = {v[i], v[i + 1], v[i + 2], v[i + 3]};
+      __stwb(reinterpret_cast<uint4*>(p + i), pack(half, 0.0f));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnit; i += 2) __stwb(reinterpret_cast<double2*>(p + i), make_double2(v[i], v[i + 1]));
+  }
+}
+
+// One unit of any layout: `valid` elements `step` apart, the rest read as 0.
+template <typename T, typename Acc, int kUnit>
+__device__ inline void load_strided(const T* p, int64_t step, int valid, Acc (&v)[kUnit]) {
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? to_acc(p[i * step]) : Acc(0);
+}
+
+template <typename T, typename Acc, int kUnit>
+__device__ inline void store_strided(T* p, int64_t step, int valid, const Acc (&v)[kUnit]) {
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    if (i < valid) p[i * step] = from_acc<T>(v[i]);
+  }
+}
+
+// One number whose dtype is known only at run time (a learned scale, a beta).
+template <typename Acc>
+__device__ inline Acc load_any(const void* p, int64_t index, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<Acc>(static_cast<const float*>(p)[index]);
+    case DType::kFloat64:
+      return static_cast<Acc>(static_cast<const double*>(p)[index]);
+    case DType::kBFloat16:
+      return static_cast<Acc>(to_acc(static_cast<const BFloat16*>(p)[index]));
+    default:
+      return static_cast<Acc>(to_acc(static_cast<const Float16*>(p)[index]));
+  }
+}
+
+}  // namespace cuda
+}  // namespace fused_elbo
