@@ -45,9 +45,9 @@ ISA_LEVELS = {
     },
     "aarch64": {"generic": ["-march=armv8-a"]},
 }
-COMMON_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Not -ffast-math: it drops NaN handling, and at link time turns on flush-to-zero process-wide.
-KERNEL_FLAGS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class BuildExtension(build_ext):
         common = [*self.cxx, *COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
         torch = [
-            *["-std=c++20", f"-DTORCH_TARGET_VERSION={TARGET_MACRO}"],
+            f"-DTORCH_TARGET_VERSION={TARGET_MACRO}",
             *(["-DFUSED_ELBO_WITH_CUDA"] if with_cuda else []),
             *["-isystem", str(self.torch.include)],
         ]

@@ -31,8 +31,11 @@ def report() -> str:
 
 def _versions() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    import torch
+
+    yield "torch", torch.__version__
     # The metadata of the distributions: importing triton to ask it for its version takes seconds.
-    for name in ("fused-elbo", "torch", "triton", "numpy"):
+    for name in ("fused-elbo", "triton", "numpy"):
         try:
             yield name, metadata.version(name)
         except metadata.PackageNotFoundError:
