@@ -1,0 +1,104 @@
+// The inner loops of the latent kernels: one template over precision, scale parametrization, prior and what is wanted.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../math/gaussian.h"
+#include "latent.h"
+
+namespace fused_elbo {
+namespace cpu {
+namespace FUSED_ELBO_ISA {
+
+// What a loop does with samples. Forward: nothing, write z, or write the standard deviation for several z. Backward:
+// nothing, one sample's gradient, or sums over samples.
+enum class Samples { kNone, kOne, kSeveral };
+
+// How an element's parameters become a logvar and a prior, and what its nats weigh.
+template <typename T, class Scale>
+FUSED_ELBO_INLINE Scale make_scale(const LatentArrays<T>& arrays) {
+  if constexpr (std::is_same_v<Scale, math::ClampedLogVarScale<T>>) {
+    return Scale{arrays.clamp_min, arrays.clamp_max};
+  } else {
+    return Scale{};
+  }
+}
+
+template <typename T, class Prior>
+FUSED_ELBO_INLINE Prior make_prior(const T* mean, const T* logvar, int64_t i) {
+  if constexpr (Prior::kLearned) {
+    return Prior{mean[i], logvar[i]};
+  } else {
+    return Prior{};
+  }
+}
+
+// Every element counts. A mask of padded positions would scale nats and coefficients here.
+struct NoMask {
+  template <typename T>
+  FUSED_ELBO_INLINE static T weigh(T nats, int64_t) {
+    return nats;
+  }
+};
+
+template <typename T, class Scale, class Prior, class Mask, Samples kSamples, bool kNats>
+void forward_loop(const LatentArrays<T>& arrays, int64_t count) {
+  const Scale scale = make_scale<T, Scale>(arrays);
+  const T *const mean = arrays.mean, *const logvar = arrays.logvar, *const eps = arrays.eps;
+  const T *const prior_mean = arrays.prior_mean, *const prior_logvar = arrays.prior_logvar;
+  T *const z = arrays.z, *const std = arrays.std, *const nats = arrays.nats;
+  for (int64_t group = 0; group < count; group += kLanes) {
+    FUSED_ELBO_INDEPENDENT
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t i = group + lane;
+      const math::KlTerms<T> kl =
+          make_prior<T, Prior>(prior_mean, prior_logvar, i).terms(mean[i], scale.logvar(logvar[i]));
+      if constexpr (kSamples == Samples::kOne) z[i] = math::sample(mean[i], kl.std, eps[i]);
+      if constexpr (kSamples == Samples::kSeveral) std[i] = kl.std;
+      if constexpr (kNats) nats[i] = Mask::weigh(kl.kl, i);
+    }
+  }
+}
+
+template <typename T, class Scale, class Prior, class Mask, Samples kSamples, bool kKl, bool kNats>
+void backward_loop(const LatentArrays<T>& arrays, int64_t count) {
+  const Scale scale = make_scale<T, Scale>(arrays);
+  const T *const mean = arrays.mean, *const logvar = arrays.logvar, *const eps = arrays.eps;
+  const T *const prior_mean = arrays.prior_mean, *const prior_logvar = arrays.prior_logvar;
+  const T *const grad_z = kSamples == Samples::kSeveral ? arrays.grad_z_sum : arrays.grad_z;
+  const T *const grad_z_eps = arrays.grad_z_eps, *const coefficients = arrays.coefficient;
+  T *const grad_mean = arrays.grad_mean, *const grad_logvar = arrays.grad_logvar, *const nats = arrays.nats;
+  T *const grad_prior_mean = arrays.grad_prior_mean, *const grad_prior_logvar = arrays.grad_prior_logvar;
+  for (int64_t group = 0; group < count; group += kLanes) {
+    FUSED_ELBO_INDEPENDENT
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t i = group + lane;
+      const Prior prior = make_prior<T, Prior>(prior_mean, prior_logvar, i);
+      const math::KlTerms<T> kl = prior.terms(mean[i], scale.logvar(logvar[i]));
+      T by_mean = 0, by_logvar = 0;
+      if constexpr (kKl) {
+        const T coefficient = Mask::weigh(coefficients[i], i);
+        by_mean = coefficient * kl.by_mean;
+        by_logvar = coefficient * kl.by_logvar;
+        if constexpr (Prior::kLearned) {
+          const math::PriorGradient<T> by_prior = prior.gradient(mean[i], kl);
+          grad_prior_mean[i] = coefficient * by_prior.by_mean;
+          grad_prior_logvar[i] = coefficient * by_prior.by_logvar;
+        }
+      }
+      if constexpr (kSamples != Samples::kNone) {
+        const T sampled = kSamples == Samples::kOne ? grad_z[i] * eps[i] : grad_z_eps[i];
+        by_mean = kKl ? by_mean + grad_z[i] : grad_z[i];
+        by_logvar = kKl ? math::fma(T(0.5) * kl.std, sampled, by_logvar) : T(0.5) * kl.std * sampled;
+      }
+      grad_mean[i] = by_mean;
+      grad_logvar[i] = scale.gradient(logvar[i], by_logvar);
+      if constexpr (kNats) nats[i] = Mask::weigh(kl.kl, i);
+    }
+  }
+}
+
+}  // namespace FUSED_ELBO_ISA
+}  // namespace cpu
+}  // namespace fused_elbo
