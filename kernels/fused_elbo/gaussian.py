@@ -147,17 +147,19 @@ class DiagonalGaussian:
         reduction: int,
         backend: str | None,
     ) -> tuple[Tensor, Tensor]:
-        source = self._source
+        source, logvar = self._source, self._logvar
         prior_mean = prior_logvar = None
         if other is not None:
             prior_mean, prior_logvar = broadcast_prior(name, other.mean, other.logvar, self.mean)
-            prior_mean, prior_logvar = prior_mean.to(source.dtype), prior_logvar.to(source.dtype)
+            dtype = _checks.common_dtype(source, prior_mean)
+            prior_mean, prior_logvar = prior_mean.to(dtype), prior_logvar.to(dtype)
+            source, logvar = source.to(dtype), None if logvar is None else logvar.to(dtype)
+        kernels = backends.select(source.device.type, backend)
         samples = _checks.num_samples(name, num_samples)
         seed, seed_value, stream, row_offset = None, 0, 0, 0
         if want_z:
             seed, seed_value, stream, row_offset = resolve_noise(name, key, generator, source.device)
-        kernels = backends.select(source.device.type, backend)
         params = ops.LatentParams(
             seed_value, stream, row_offset, samples, self._chunk_dim, *self._clamp, want_z, reduction
         )
-        return ops.latent(kernels, source, self._logvar, prior_mean, prior_logvar, seed, params)
+        return ops.latent(kernels, source, logvar, prior_mean, prior_logvar, seed, params)
