@@ -12,13 +12,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .ops import Kernels
+from . import ops
+from .ops import Kernels
 
 __all__ = ["available_backends", "explain", "use_backend"]
 
@@ -67,14 +66,13 @@ def _triton_reason() -> str | None:
 
 
 def _load_extension() -> Kernels:
-    from . import _library, ops
+    from . import _library
 
     _library.load()
     return ops.kernels("fused_elbo")
 
 
 def _load_triton() -> Kernels:
-    from . import ops
     from .triton import library
 
     library.register()
@@ -93,6 +91,7 @@ _CANDIDATES = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 # What select() answered before, by (device type, requested name); cleared when a choice changes.
 _selected: dict[tuple[str, str | None], Kernels | None] = {}
 _override: str | None = None
+_generation = 0
 
 
 def available_backends() -> dict[str, str | None]:
@@ -130,6 +129,9 @@ def select(device_type: str, requested: str | None) -> Kernels | None:
         RuntimeError: the requested backend cannot run here, or not on this device.
     """
     choice = (device_type, requested or _override)
+    if torch.compiler.is_compiling():
+        namespace = _answer_namespace(*choice, _generation)
+        return None if namespace is None else ops.TracedKernels(namespace)  # type: ignore[return-value]
     answers = _selected
     try:
         return answers[choice]
@@ -147,14 +149,21 @@ def _answer(device_type: str, requested: str | None) -> Kernels | None:
     return instrument.instrument(kernels) if instrument.wanted() else kernels
 
 
+def _answer_namespace(device_type: str, requested: str | None, generation: int) -> str | None:
+    """What a trace needs to know of `_answer`; ``generation`` makes Dynamo ask again when answers have changed."""
+    kernels = _answer(device_type, requested)
+    return None if kernels is None else kernels.namespace
+
+
 # Looking for libraries cannot be traced. This is torch.compiler.assume_constant_result without its
 # import of Dynamo.
-_answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_answer_namespace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def renew_selected() -> None:
     """Answer anew what `select` has answered: kernels are to be instrumented, or no longer."""
-    global _selected
+    global _selected, _generation
+    _generation += 1
     # Not changed in place: a thread amid select() must not put an old answer among the new.
     _selected = {choice: _answer(*choice) for choice in list(_selected)}
 

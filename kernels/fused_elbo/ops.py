@@ -3,7 +3,8 @@
 Three tiers, because each costs what the next one up would have to add to it:
 
 - while torch.compile traces, a registered operation with an autograd formula (an opaque node in the graph);
-- under torch.func transforms and forward-mode AD, a `setup_context` Function with `vmap` and `jvp`;
+- under torch.func transforms, a `setup_context` Function with `vmap` and `jvp` (and inside a plain dual level of forward-mode
+  AD, the formulas of `reference` on the kernels' noise);
 - otherwise a plain Function where gradients are wanted, and the raw operation where they are not.
 
 Nothing but inputs and the seed is saved for backward; `elbo` alone saves its gradients, which the same pass has computed.
@@ -30,7 +31,7 @@ _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 
 
 class Kernels(NamedTuple):
-    """The operations of one namespace: raw ones, and the differentiable ones that compiled code calls."""
+    """The raw operations of one namespace, and how `elbo` turns its saved gradients into those of a backward pass."""
 
     namespace: str
     latent_forward: Callable[..., tuple[Tensor, Tensor]]
@@ -40,10 +41,13 @@ class Kernels(NamedTuple):
     elbo_forward: Callable[..., tuple[Tensor, ...]]
     fold_seed: Callable[..., Tensor]
     noise_words: Callable[..., Tensor]
-    latent: Callable[..., tuple[Tensor, Tensor]]
-    likelihood: Callable[..., Tensor]
-    elbo: Callable[..., tuple[Tensor, ...]]
     elbo_backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+class TracedKernels(NamedTuple):
+    """What stands for `Kernels` while torch.compile traces: operations are looked up by name, which leaves no guards."""
+
+    namespace: str
 
 
 # ------------------------------------------------------------------------------------------------ sampling and KL
@@ -76,9 +80,12 @@ def latent(
     if kernels is None:
         return _latent_plain(None, params, mean, logvar, prior_mean, prior_logvar, seed)
     if torch.compiler.is_compiling():
-        return kernels.latent(mean, logvar, prior_mean, prior_logvar, seed, *params)
-    if _functorch_active() or forward_ad._current_level >= 0:
-        return _LatentTransform.apply(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)  # type: ignore[no-any-return]
+        traced = getattr(torch.ops, kernels.namespace).latent.default
+        return traced(mean, logvar, prior_mean, prior_logvar, seed, *params)  # type: ignore[no-any-return]
+    if _functorch_active():
+        return _LatentTransform.apply(_Call(kernels, params), mean, logvar, prior_mean, prior_logvar, seed)  # type: ignore[no-any-return]
+    if forward_ad._current_level >= 0:
+        return _latent_plain(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)
     if torch.is_grad_enabled() and (
         mean.requires_grad
         or (logvar is not None and logvar.requires_grad)
@@ -225,9 +232,12 @@ def likelihood(
     if kernels is None:
         return _likelihood_plain(params, x, mean, logvar)
     if torch.compiler.is_compiling():
-        return kernels.likelihood(x, mean, logvar, *params)
-    if _functorch_active() or forward_ad._current_level >= 0:
-        return _LikelihoodTransform.apply(kernels, params, x, mean, logvar)  # type: ignore[no-any-return]
+        traced = getattr(torch.ops, kernels.namespace).likelihood.default
+        return traced(x, mean, logvar, *params)  # type: ignore[no-any-return]
+    if _functorch_active():
+        return _LikelihoodTransform.apply(_Call(kernels, params), x, mean, logvar)  # type: ignore[no-any-return]
+    if forward_ad._current_level >= 0:
+        return _likelihood_plain(params, x, mean, logvar)
     if torch.is_grad_enabled() and (
         mean.requires_grad or x.requires_grad or (logvar is not None and logvar.requires_grad)
     ):
@@ -311,7 +321,8 @@ def elbo(kernels: Kernels | None, inputs: ELBOInputs, params: ELBOParams) -> tup
         return loss, ll.detach(), kl.detach()
     want_grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:6])
     if torch.compiler.is_compiling():
-        loss, ll, kl, *_ = kernels.elbo(*_elbo_arguments(inputs, params), want_grads)
+        traced = getattr(torch.ops, kernels.namespace).elbo.default
+        loss, ll, kl, *_ = traced(*_elbo_arguments(inputs, params), want_grads)
         return loss, ll.detach(), kl.detach()
     if want_grads:
         return _ELBO.apply(kernels, params, *inputs)  # type: ignore[no-any-return]
@@ -443,7 +454,7 @@ def _elbo_from_parts(
 def _vmap_by_row(function: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
     """Runs a Function once per entry of the mapped dimension: each entry has the noise of an unmapped call."""
     per_entry = [
-        function.apply(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims)))
+        function.apply(*(a.select(dim, i) if dim is not None else a for a, dim in zip(args, in_dims)))
         for i in range(info.batch_size)
     ]
     if isinstance(per_entry[0], Tensor):
@@ -452,10 +463,19 @@ def _vmap_by_row(function: Any, info: Any, in_dims: tuple[int | None, ...], *arg
     return outputs, (0,) * len(outputs)
 
 
+class _Call:
+    """What of a call is no tensor. Opaque: torch.func would take tuples apart."""
+
+    __slots__ = ("kernels", "params")
+
+    def __init__(self, kernels: Kernels, params: Any) -> None:
+        self.kernels, self.params = kernels, params
+
+
 class _Transform(Function):
     """A kernel under torch.func: forward is one raw operation, derivatives are those of its plain formula.
 
-    Arguments are ``kernels, params`` and then tensors or None. Subclasses say what to run (`_raw`), the formula
+    Arguments are a `_Call` and then tensors or None. Subclasses say what to run (`_raw`), the formula
     (`_plain`), and may give the gradient a kernel of its own by overriding `backward`.
     """
 
@@ -464,7 +484,7 @@ class _Transform(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.kernels, ctx.params, *tensors = inputs
+        ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -478,7 +498,7 @@ class _Transform(Function):
             arguments = list(saved)
             for place, tensor in zip(places, tensors):
                 arguments[place] = tensor
-            return cls._plain(ctx.kernels, ctx.params, *arguments)
+            return cls._plain(ctx.call.kernels, ctx.call.params, *arguments)
 
         return formula, tuple(saved[i] for i in places), places
 
@@ -487,12 +507,12 @@ class _Transform(Function):
         formula, tensors, places = cls._derive(ctx)
         output, pull = torch.func.vjp(formula, *tensors)
         gradients = dict(zip(places, pull(grads[0] if isinstance(output, Tensor) else grads)))
-        return None, None, *(gradients.get(i) for i in range(len(ctx.saved_tensors)))
+        return None, *(gradients.get(i) for i in range(len(ctx.saved_tensors)))
 
     @classmethod
     def _push_forward(cls, ctx: Any, *tangents: Any) -> Any:
         formula, tensors, places = cls._derive(ctx)
-        given = tangents[2:]
+        given = tangents[1:]
         moved = tuple(
             torch.zeros_like(t) if given[i] is None else given[i] for i, t in zip(places, tensors)
         )
@@ -502,8 +522,8 @@ class _Transform(Function):
 def _transform(name: str, raw: Callable[..., Any], plain: Callable[..., Any], backward: Any = None) -> Any:
     """Assembles the static methods that torch.func looks for."""
 
-    def forward(kernels: Kernels, params: Any, *tensors: Tensor | None) -> Any:
-        return raw(kernels, params, *tensors)
+    def forward(call: _Call, *tensors: Tensor | None) -> Any:
+        return raw(call.kernels, call.params, *tensors)
 
     cls = type(name, (_Transform,), {"forward": staticmethod(forward), "_plain": staticmethod(plain)})
     transform: Any = cls
@@ -514,14 +534,14 @@ def _transform(name: str, raw: Callable[..., Any], plain: Callable[..., Any], ba
 
 
 def _latent_transform_backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Any, ...]:
-    grads = _LatentBackwardTransform.apply(ctx.kernels, ctx.params, *ctx.saved_tensors, grad_z, grad_kl)
-    return None, None, *_present(grads, tuple(g.numel() > 0 or g.shape != (0,) for g in grads)), None
+    grads = _LatentBackwardTransform.apply(ctx.call, *ctx.saved_tensors, grad_z, grad_kl)
+    return None, *_present(grads, tuple(g.numel() > 0 or g.shape != (0,) for g in grads)), None
 
 
 def _likelihood_transform_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, mean, logvar = ctx.saved_tensors
-    grad_mean, grad_logvar = _LikelihoodBackwardTransform.apply(ctx.kernels, ctx.params, x, mean, logvar, grad)
-    return None, None, -grad_mean, grad_mean, None if logvar is None else grad_logvar
+    grad_mean, grad_logvar = _LikelihoodBackwardTransform.apply(ctx.call, x, mean, logvar, grad)
+    return None, -grad_mean, grad_mean, None if logvar is None else grad_logvar
 
 
 _LatentTransform = _transform(
@@ -563,7 +583,6 @@ def kernels(namespace: str) -> Kernels:
     for name, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
     raw = {name: getattr(getattr(torch.ops, namespace), name).default for name in SCHEMAS}
-    differentiable = {}
     for name in ("latent", "likelihood", "elbo"):
         forward = raw[f"{name}_forward"]
         library = torch.library.Library(namespace, "FRAGMENT")
@@ -576,8 +595,7 @@ def kernels(namespace: str) -> Kernels:
         torch.library.register_autograd(
             qualified, functools.partial(backward, namespace), setup_context=setup, lib=library
         )
-        differentiable[name] = getattr(getattr(torch.ops, namespace), name).default
-    return Kernels(namespace, **raw, **differentiable, elbo_backward=_elbo_backward_scaled)
+    return Kernels(namespace, **raw, elbo_backward=_elbo_backward_scaled)
 
 
 _libraries: list[torch.library.Library] = []  # a library undefines its operations when it is collected
@@ -642,8 +660,12 @@ def fold_seed(seed: Tensor, data: int) -> Tensor:
     """`NoiseKey.fold_in` for a seed that lives on a device."""
     from .backends import select
 
-    kernels_here = select(seed.device.type, None)
-    return reference.fold_seed(seed, data) if kernels_here is None else kernels_here.fold_seed(seed, data)
+    here = select(seed.device.type, None)
+    if here is None:
+        return reference.fold_seed(seed, data)
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops, here.namespace).fold_seed.default(seed, data)  # type: ignore[no-any-return]
+    return here.fold_seed(seed, data)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -65,10 +65,10 @@ def normals(
     per_sample = []
     for k in range(max(num_samples, 1)):
         u = uniforms(philox_words(key, k, start // 4, count, device), dtype)
-        radius = torch.sqrt(-2.0 * torch.log(u[:, 0::2]))
-        angle = 2.0 * math.pi * u[:, 1::2]
+        radius, angle = u.reshape(count, 2, 2).unbind(2)
+        radius, angle = torch.sqrt(-2.0 * torch.log(radius)), 2.0 * math.pi * angle
         pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2)
-        per_sample.append(pairs.reshape(-1)[offset : offset + total].reshape(shape))
+        per_sample.append(pairs.reshape(-1).narrow(0, offset, total).reshape(shape))
     eps = torch.stack(per_sample) if num_samples else per_sample[0]
     return eps.to(accumulate_dtype(dtype))
 
