@@ -103,18 +103,24 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
   const Acc scale = static_cast<Acc>(p.grad_kl_scale);
   const Acc row_grad = !p.has_grad_kl || elementwise || !place.active ? Acc(0) : row_grad_kl<Acc>(p, row);
 
+  const View* const views[] = {&p.mean,   &p.logvar,  &p.prior_mean, &p.prior_logvar,    &p.grad_z,
+                               &p.grad_kl, &p.grad_mean, &p.grad_logvar, &p.grad_prior_mean, &p.grad_prior_logvar, &p.index};
+  enum { kMean, kLogVar, kPriorMean, kPriorLogVar, kGradZ, kGradKl, kGradMean, kGradLogVar, kGradPriorMean, kGradPriorLogVar, kIndex, kViews };
+  int64_t base[kViews];
+  segment_offsets(p.plan, place, views, base);
+
   for (uint32_t u = place.begin; u < place.end; u += place.stride) {
-    const Unit<kVector> unit(p.plan, place.first_unit + u, kUnit);
+    const Unit<kVector, kViews> unit(p.plan, place.first_unit + u, kUnit, views, base);
     Acc logvar[kUnit];
-    unit.template load<T>(p.logvar, row * p.logvar.row, logvar);
+    load_unit<T, kVector>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
 
     // Sums over samples: of grad_z, and of grad_z eps / 2.
     Acc grad_mean[kUnit] = {}, grad_logvar[kUnit] = {};
     if (p.grad_z.present()) {
-      const uint64_t index = p.first_index + static_cast<uint64_t>(row * p.index.row + unit.at(p.index));
+      const uint64_t index = p.first_index + static_cast<uint64_t>(unit.at[kIndex]);
       for (int64_t k = 0; k < p.samples; ++k) {
         Acc grad_z[kUnit], half_eps[kUnit];
-        unit.template load<T>(p.grad_z, k * p.grad_z.sample + row * p.grad_z.row, grad_z);
+        load_unit<T, kVector>(p.grad_z, unit.at[kGradZ] + k * p.grad_z.sample, unit.valid, grad_z);
         unit_normals<kVector, true>(index, static_cast<uint32_t>(k), p.stream, seed, half_eps);
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
@@ -131,18 +137,18 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
 
     if (p.has_grad_kl) {
       Acc mean[kUnit], grad_kl[kUnit];
-      unit.template load<T>(p.mean, row * p.mean.row, mean);
+      load_unit<T, kVector>(p.mean, unit.at[kMean], unit.valid, mean);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) grad_kl[j] = row_grad;
       if (elementwise) {
-        unit.template load<Acc>(p.grad_kl, row * p.grad_kl.row, grad_kl);
+        load_unit<Acc, kVector>(p.grad_kl, unit.at[kGradKl], unit.valid, grad_kl);
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) grad_kl[j] *= scale;
       }
       Acc prior_mean[kUnit], prior_logvar[kUnit];
       if (learned) {
-        unit.template load<T>(p.prior_mean, row * p.prior_mean.row, prior_mean);
-        unit.template load<T>(p.prior_logvar, row * p.prior_logvar.row, prior_logvar);
+        load_unit<T, kVector>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
+        load_unit<T, kVector>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
       }
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
@@ -161,8 +167,8 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
           grad_logvar[j] = fma(half_grad, logvar_terms(clamped).expm1(), grad_logvar[j]);
         }
       }
-      if (p.grad_prior_mean.present()) unit.template store<T>(p.grad_prior_mean, row * p.grad_prior_mean.row, prior_mean);
-      if (p.grad_prior_logvar.present()) unit.template store<T>(p.grad_prior_logvar, row * p.grad_prior_logvar.row, prior_logvar);
+      if (p.grad_prior_mean.present()) store_unit<T, kVector>(p.grad_prior_mean, unit.at[kGradPriorMean], unit.valid, prior_mean);
+      if (p.grad_prior_logvar.present()) store_unit<T, kVector>(p.grad_prior_logvar, unit.at[kGradPriorLogVar], unit.valid, prior_logvar);
     }
 
     if (p.clamp) {
@@ -171,8 +177,8 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
         grad_logvar[j] = logvar[j] < bounds.min || logvar[j] > bounds.max ? Acc(0) : grad_logvar[j];
       }
     }
-    if (p.grad_mean.present()) unit.template store<T>(p.grad_mean, row * p.grad_mean.row, grad_mean);
-    if (p.grad_logvar.present()) unit.template store<T>(p.grad_logvar, row * p.grad_logvar.row, grad_logvar);
+    if (p.grad_mean.present()) store_unit<T, kVector>(p.grad_mean, unit.at[kGradMean], unit.valid, grad_mean);
+    if (p.grad_logvar.present()) store_unit<T, kVector>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
   }
 }
 

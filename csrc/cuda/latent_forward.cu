@@ -73,22 +73,26 @@ __global__ void __launch_bounds__(kThreads) latent_forward_general(const __grid_
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
   const Place place = find_place(p.plan, blockIdx.x);
-  const int64_t row = place.row;
   const uint64_t seed = load_seed(p);
   const Bounds<Acc> bounds = clamp_bounds(p, Acc());
   const bool want_z = p.z.present(), want_kl = p.kl.present(), learned = p.prior_mean.present();
 
+  const View* const views[] = {&p.mean, &p.logvar, &p.prior_mean, &p.prior_logvar, &p.z, &p.kl, &p.index};
+  enum { kMean, kLogVar, kPriorMean, kPriorLogVar, kZ, kKl, kIndex, kViews };
+  int64_t base[kViews];
+  segment_offsets(p.plan, place, views, base);
+
   KlSum<Acc> sum;
   for (uint32_t u = place.begin; u < place.end; u += place.stride) {
-    const Unit<kVector> unit(p.plan, place.first_unit + u, kUnit);
+    const Unit<kVector, kViews> unit(p.plan, place.first_unit + u, kUnit, views, base);
     Acc mean[kUnit], std[kUnit];
-    unit.template load<T>(p.mean, row * p.mean.row, mean);
-    unit.template load<T>(p.logvar, row * p.logvar.row, std);
+    load_unit<T, kVector>(p.mean, unit.at[kMean], unit.valid, mean);
+    load_unit<T, kVector>(p.logvar, unit.at[kLogVar], unit.valid, std);
     Acc kl[kUnit];
     Acc prior_mean[kUnit], prior_logvar[kUnit];
     if (learned) {
-      unit.template load<T>(p.prior_mean, row * p.prior_mean.row, prior_mean);
-      unit.template load<T>(p.prior_logvar, row * p.prior_logvar.row, prior_logvar);
+      load_unit<T, kVector>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
+      load_unit<T, kVector>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
     }
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
@@ -110,15 +114,15 @@ __global__ void __launch_bounds__(kThreads) latent_forward_general(const __grid_
         sum.add(mean[j], own);
       }
     }
-    if (want_kl && p.result.reduction == Reduction::kNone) unit.template store<Acc>(p.kl, row * p.kl.row, kl);
+    if (want_kl && p.result.reduction == Reduction::kNone) store_unit<Acc, kVector>(p.kl, unit.at[kKl], unit.valid, kl);
     if (!want_z) continue;
-    const uint64_t index = p.first_index + static_cast<uint64_t>(row * p.index.row + unit.at(p.index));
+    const uint64_t index = p.first_index + static_cast<uint64_t>(unit.at[kIndex]);
     for (int64_t k = 0; k < p.samples; ++k) {
       Acc eps[kUnit];
       unit_normals<kVector, false>(index, static_cast<uint32_t>(k), p.stream, seed, eps);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) eps[j] = math::sample(mean[j], std[j], eps[j]);
-      unit.template store<T>(p.z, k * p.z.sample + row * p.z.row, eps);
+      store_unit<T, kVector>(p.z, unit.at[kZ] + k * p.z.sample, unit.valid, eps);
     }
   }
   if (want_kl && p.result.reduction != Reduction::kNone) finish(p.plan, place, blockIdx.x, sum.value(), p.result);

@@ -72,94 +72,69 @@ __device__ inline Place find_place(const Plan& plan, uint64_t tile) {
   return p;
 }
 
-// Coordinates along the plan's dimensions [first, last) of a running index.
-struct Coordinates {
-  int64_t at[kMaxDims];
-};
-
-__device__ inline void find_coordinates(const Plan& plan, int first, int last, uint64_t index, Coordinates& c) {
+// Offsets of several views at one index along the plan's dimensions [first, last). One pass of divisions serves all views.
+template <int kViews>
+__device__ inline void add_offsets(const Plan& plan, int first, int last, uint64_t index, const View* const (&views)[kViews],
+                                   int64_t (&offsets)[kViews]) {
+#pragma unroll 1
+  for (int i = first; i < last; ++i) {
+    uint64_t coordinate = index;
+    if (i < last - 1) divide(index, plan.count[i], index, coordinate);
 #pragma unroll
-  for (int i = 0; i < kMaxDims; ++i) {
-    if (i < first || i >= last) continue;
-    if (i == last - 1) {
-      c.at[i] = index;
-    } else {
-      uint64_t quotient, remainder;
-      divide(index, plan.count[i], quotient, remainder);
-      c.at[i] = remainder;
-      index = quotient;
-    }
+    for (int v = 0; v < kViews; ++v) offsets[v] += static_cast<int64_t>(coordinate) * views[v]->step[i];
   }
 }
 
-__device__ inline int64_t offset(const View& view, int first, int last, const Coordinates& c) {
-  int64_t total = 0;
+// First elements of the place's segment, without the sample's share.
+template <int kViews>
+__device__ inline void segment_offsets(const Plan& plan, const Place& p, const View* const (&views)[kViews], int64_t (&offsets)[kViews]) {
 #pragma unroll
-  for (int i = 0; i < kMaxDims; ++i) {
-    if (i >= first && i < last) total += c.at[i] * view.step[i];
-  }
-  return total;
+  for (int v = 0; v < kViews; ++v) offsets[v] = p.sample * views[v]->sample + p.row * views[v]->row;
+  if (plan.segments > 1) add_offsets(plan, plan.unit_dims, plan.dims, p.segment, views, offsets);
 }
 
-// First element of the place's segment.
-__device__ inline int64_t segment_offset(const Plan& plan, const View& view, const Place& p) {
-  int64_t total = p.sample * view.sample + p.row * view.row;
-  if (plan.segments > 1) {
-    Coordinates c;
-    find_coordinates(plan, plan.unit_dims, plan.dims, p.segment, c);
-    total += offset(view, plan.unit_dims, plan.dims, c);
-  }
-  return total;
-}
-
-// One unit of a segment. kVector: units lie one behind the other, 16-byte accesses.
-template <bool kVector>
+// Where a unit of a segment lies in each view, and how many of its elements exist. kVector: units lie one behind the other.
+template <bool kVector, int kViews>
 struct Unit {
-  int64_t first;  // kVector: the element
-  Coordinates c;
-  int unit_dims;
+  int64_t at[kViews];
   int valid;
 
-  __device__ Unit(const Plan& plan, int64_t unit, int elements) : unit_dims(plan.unit_dims), valid(elements) {
-    if constexpr (kVector) {
-      first = unit * elements;
-    } else {
-      find_coordinates(plan, 0, unit_dims, unit, c);
-      int64_t along = c.at[0];
+  __device__ Unit(const Plan& plan, int64_t unit, int elements, const View* const (&views)[kViews], const int64_t (&base)[kViews])
+      : valid(elements) {
 #pragma unroll
-      for (int i = 1; i < kMaxDims; ++i) {
-        if (i == plan.unit_dim && i < unit_dims) along = c.at[i];
-      }
-      const int64_t left = plan.unit_extent - along * elements;
+    for (int v = 0; v < kViews; ++v) at[v] = base[v] + (kVector ? unit * elements : 0);
+    if constexpr (!kVector) {
+      add_offsets(plan, 0, plan.unit_dims, unit, views, at);
+      uint64_t along = unit, quotient = unit;
+#pragma unroll 1
+      for (int i = 0; i < plan.unit_dim; ++i) divide(quotient, plan.count[i], quotient, along);
+      along = quotient;
+      if (plan.unit_dim < plan.unit_dims - 1) divide(quotient, plan.count[plan.unit_dim], quotient, along);
+      const int64_t left = plan.unit_extent - static_cast<int64_t>(along) * elements;
       if (left < elements) valid = static_cast<int>(left);
     }
   }
-
-  __device__ int64_t at(const View& view) const {
-    if constexpr (kVector) return first;
-    return offset(view, 0, unit_dims, c);
-  }
-
-  template <typename T, typename Acc, int kUnit>
-  __device__ void load(const View& view, int64_t base, Acc (&v)[kUnit]) const {
-    const T* p = static_cast<const T*>(view.data) + base + at(view);
-    if constexpr (kVector) {
-      load_vector(p, v);
-    } else {
-      load_strided(p, view.element, valid, v);
-    }
-  }
-
-  template <typename T, typename Acc, int kUnit>
-  __device__ void store(const View& view, int64_t base, const Acc (&v)[kUnit]) const {
-    T* p = static_cast<T*>(view.data) + base + at(view);
-    if constexpr (kVector) {
-      store_vector(p, v);
-    } else {
-      store_strided(p, view.element, valid, v);
-    }
-  }
 };
+
+template <typename T, bool kVector, typename Acc, int kUnit>
+__device__ inline void load_unit(const View& view, int64_t at, int valid, Acc (&v)[kUnit]) {
+  const T* p = static_cast<const T*>(view.data) + at;
+  if constexpr (kVector) {
+    load_vector(p, v);
+  } else {
+    load_strided(p, view.element, valid, v);
+  }
+}
+
+template <typename T, bool kVector, typename Acc, int kUnit>
+__device__ inline void store_unit(const View& view, int64_t at, int valid, const Acc (&v)[kUnit]) {
+  T* p = static_cast<T*>(view.data) + at;
+  if constexpr (kVector) {
+    store_vector(p, v);
+  } else {
+    store_strided(p, view.element, valid, v);
+  }
+}
 
 }  // namespace cuda
 }  // namespace fused_elbo

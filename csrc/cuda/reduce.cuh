@@ -20,16 +20,15 @@ __device__ inline Acc team_sum(Acc value, int lanes) {
   return value;
 }
 
-// Sum over the block, in every thread.
-template <typename Acc>
-__device__ inline Acc block_sum(Acc value) {
-  __shared__ Acc warp_sums[kThreads / 32];
-#pragma unroll
-  for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+// Sum over the block, in every thread. In double whatever the dtype: it is a handful of additions, and the number of threads and
+// blocks then costs no accuracy.
+__device__ inline double block_sum(double value) {
+  __shared__ double warp_sums[kThreads / 32];
+  value = team_sum(value, 32);
   __syncthreads();  // an earlier sum may still be read
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
   __syncthreads();
-  Acc total = warp_sums[0];
+  double total = warp_sums[0];
 #pragma unroll
   for (int i = 1; i < kThreads / 32; ++i) total += warp_sums[i];
   return total;
@@ -48,92 +47,106 @@ __device__ inline bool last_to_arrive(uint32_t* ticket, uint32_t count) {
   return last;
 }
 
-// Sum of values[0..count) by the whole block, in double: the number of blocks must not cost accuracy.
-__device__ inline double sum_of_partials(const double* values, int64_t count) {
+// The thread's share of parts[0..count).
+__device__ inline double share_of_parts(const double* parts, int64_t count) {
   double sum = 0;
   // volatile: written by other blocks of this launch, so no load may go through the non-coherent path.
-  const volatile double* v = values;
+  const volatile double* v = parts;
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += v[i];
-  return block_sum(sum);
+  return sum;
 }
 
-// What the threads of a block know after its rows were added up. `finished` is the same in the whole block; where it is set, `writer`
-// marks one thread for each row that the block finished, and that thread has the row's number and value.
-template <typename Acc>
-struct RowValue {
-  bool finished, writer;
-  int64_t outer;
-  Acc value;
+// Where blocks leave their parts of one sum, and the tickets that find the last of them.
+struct Parts {
+  double* values = nullptr;
+  uint32_t* tickets = nullptr;
 };
 
-// Where the blocks that share a row leave their parts; unused when a row has one block.
-struct RowParts {
-  double* parts = nullptr;      // one per tile
-  uint32_t* tickets = nullptr;  // one per row
-};
-
-template <typename Acc>
-__device__ inline RowValue<Acc> row_values(const Plan& plan, const Place& place, uint32_t tile, Acc value, const RowParts& parts) {
-  RowValue<Acc> row{true, threadIdx.x == 0, place.outer, value};
-  if (plan.tiles_per_row > 1) {
-    const Acc part = block_sum(value);
-    if (threadIdx.x == 0) parts.parts[tile] = static_cast<double>(part);
-    row.finished = last_to_arrive(parts.tickets + place.outer, static_cast<uint32_t>(plan.tiles_per_row));
-    if (row.finished) {
-      row.value = static_cast<Acc>(sum_of_partials(parts.parts + place.outer * plan.tiles_per_row, plan.tiles_per_row));
-    }
-    row.writer = row.writer && row.finished;
-  } else if (plan.lanes == 0) {
-    row.value = block_sum(value);
-  } else {
-    row.value = team_sum(value, plan.lanes);
-    row.writer = place.active && place.lane == 0;
-    if (plan.segments > 1) {
-      __shared__ Acc segment_values[kThreads];
-      const uint32_t segments = static_cast<uint32_t>(plan.segments);
-      if (place.lane == 0) segment_values[threadIdx.x / plan.lanes] = row.value;
-      __syncthreads();
-      row.outer = static_cast<int64_t>(tile) * plan.rows_per_tile + threadIdx.x;
-      row.writer = threadIdx.x < plan.rows_per_tile && row.outer < plan.outer_rows();
-      row.value = 0;
-      if (row.writer) {
-#pragma unroll 1
-        for (uint32_t s = 0; s < segments; ++s) row.value += segment_values[threadIdx.x * segments + s];
-      }
-    }
-  }
-  return row;
-}
-
-// The way from items (one per block, or one per row that several blocks share) to one number, in groups of kItemsPerGroup.
-struct ScalarTree {
-  uint32_t* group_tickets = nullptr;
-  uint32_t* final_ticket = nullptr;
-  double* items = nullptr;
-  double* groups = nullptr;
-  int64_t count = 0;  // items
+// The way from blocks to rows to one number: parts of a row, one per tile; then items (tiles with whole rows, or else rows) in groups of
+// kItemsPerGroup; then groups.
+struct Tree {
+  Parts rows;    // unused where a row has one block
+  Parts items;   // these two unused where every row has its own result
+  Parts groups;  // one ticket
 };
 
 FUSED_ELBO_HD inline int64_t item_count(const Plan& plan) {
   return plan.tiles_per_row == 1 ? plan.tiles : plan.outer_rows();
 }
 
-// Called by the whole block that finished `item`, each writer with its row's contribution. True in the block that has the total.
-__device__ inline bool add_to_scalar(const ScalarTree& tree, int64_t item, double contribution, double& total) {
-  const double value = block_sum(contribution);
-  if (threadIdx.x == 0) tree.items[item] = value;
-  const int64_t group = item / kItemsPerGroup;
-  const int64_t first = group * kItemsPerGroup;
-  const int64_t size = tree.count - first < kItemsPerGroup ? tree.count - first : kItemsPerGroup;
-  if (!last_to_arrive(tree.group_tickets + group, static_cast<uint32_t>(size))) return false;
-  total = sum_of_partials(tree.items + first, size);
-  const int64_t groups = (tree.count + kItemsPerGroup - 1) / kItemsPerGroup;
-  if (groups == 1) return true;
-  if (threadIdx.x == 0) tree.groups[group] = total;
-  if (!last_to_arrive(tree.final_ticket, static_cast<uint32_t>(groups))) return false;
-  total = sum_of_partials(tree.groups, groups);
-  return true;
+// Adds up what the threads of a tile hold. on_row(outer row, value) is called by one thread for each row, when it is complete, and gives
+// the row's contribution to the total. Returns true in the block that completed the total, which then is in `total`; never where
+// `scalar` is false. Items are numbered from first_item on, of `items`.
+template <typename Acc, typename OnRow>
+__device__ inline bool climb(const Plan& plan, const Place& place, uint32_t tile, Acc value, const Tree& tree, bool scalar,
+                             int64_t first_item, int64_t items, double& total, const OnRow& on_row) {
+  enum Level { kTile, kRow, kGroup, kTotal };
+  int level = plan.tiles_per_row > 1 ? kTile : kRow;
+  int64_t index = tile;
+  double share = static_cast<double>(value);
+  bool rows_done = false;
+
+  if (plan.lanes != 0 && plan.tiles_per_row == 1) {  // whole rows in teams of the block
+    Acc row = team_sum(value, plan.lanes);
+    bool writer = place.active && place.lane == 0;
+    int64_t outer = place.outer;
+    if (plan.segments > 1) {
+      __shared__ Acc segment_values[kThreads];
+      const uint32_t segments = static_cast<uint32_t>(plan.segments);
+      if (place.lane == 0) segment_values[threadIdx.x / plan.lanes] = row;
+      __syncthreads();
+      outer = static_cast<int64_t>(tile) * plan.rows_per_tile + threadIdx.x;
+      writer = threadIdx.x < plan.rows_per_tile && outer < plan.outer_rows();
+      row = 0;
+#pragma unroll 1
+      for (uint32_t s = 0; writer && s < segments; ++s) row += segment_values[threadIdx.x * segments + s];
+    }
+    share = writer ? on_row(outer, row) : 0.0;
+    if (!scalar) return false;
+    rows_done = true;
+  }
+
+#pragma unroll 1
+  for (;;) {
+    double sum = block_sum(share);  // of node `index` of this level
+    int64_t siblings, first;
+    Parts parts;
+    uint32_t* ticket;
+    if (level == kRow && !rows_done) {
+      __shared__ double contribution;
+      if (threadIdx.x == 0) contribution = on_row(place.outer, static_cast<Acc>(sum));
+      if (!scalar) return false;
+      __syncthreads();
+      sum = contribution;
+    }
+    if (level == kTile) {
+      first = place.outer * plan.tiles_per_row;
+      siblings = plan.tiles_per_row;
+      parts = tree.rows;
+      ticket = parts.tickets + place.outer;
+    } else if (level == kRow) {
+      index = first_item + (plan.tiles_per_row > 1 ? place.outer : static_cast<int64_t>(tile));
+      const int64_t group = index / kItemsPerGroup;
+      first = group * kItemsPerGroup;
+      siblings = items - first < kItemsPerGroup ? items - first : kItemsPerGroup;
+      parts = tree.items;
+      ticket = parts.tickets + group;
+    } else if (level == kGroup) {
+      first = 0;
+      index = index / kItemsPerGroup;
+      siblings = (items + kItemsPerGroup - 1) / kItemsPerGroup;
+      parts = tree.groups;
+      ticket = parts.tickets;
+    } else {
+      total = sum;
+      return true;
+    }
+    if (threadIdx.x == 0) parts.values[index] = sum;
+    if (!last_to_arrive(ticket, static_cast<uint32_t>(siblings))) return false;
+    share = share_of_parts(parts.values + first, siblings);
+    ++level;
+  }
 }
 
 // A per-row result or its sum over rows.
@@ -141,27 +154,22 @@ struct Result {
   View out;
   Reduction reduction = Reduction::kOff;
   double scale = 1;
-  RowParts rows;
-  ScalarTree tree;
+  Tree tree;
 };
 
 template <typename Acc>
 __device__ inline void finish(const Plan& plan, const Place& place, uint32_t tile, Acc value, const Result& result) {
-  const RowValue<Acc> row = row_values(plan, place, tile, value, result.rows);
-  if (!row.finished) return;
   Acc* out = static_cast<Acc*>(result.out.data);
-  if (result.reduction == Reduction::kSample) {
-    if (row.writer) {
-      const int64_t sample = plan.samples > 1 ? row.outer / plan.rows : 0;
-      out[sample * result.out.sample + (row.outer - sample * plan.rows) * result.out.row] = row.value;
-    }
-    return;
-  }
+  const bool scalar = result.reduction != Reduction::kSample;
   double total;
-  const int64_t item = plan.tiles_per_row == 1 ? static_cast<int64_t>(tile) : row.outer;
-  if (add_to_scalar(result.tree, item, row.writer ? static_cast<double>(row.value) : 0.0, total) && threadIdx.x == 0) {
-    *out = static_cast<Acc>(total * result.scale);
-  }
+  const bool complete = climb(plan, place, tile, value, result.tree, scalar, 0, item_count(plan), total, [&](int64_t outer, Acc row) {
+    if (!scalar) {
+      const int64_t sample = plan.samples > 1 ? outer / plan.rows : 0;
+      out[sample * result.out.sample + (outer - sample * plan.rows) * result.out.row] = row;
+    }
+    return static_cast<double>(row);
+  });
+  if (complete && threadIdx.x == 0) *out = static_cast<Acc>(total * result.scale);
 }
 
 // Host: pieces of the workspace: tickets in front, so that one memset clears them, values behind. Two passes over the same requests:
@@ -178,22 +186,17 @@ class Workspace {
   double* values(int64_t count) {
     return reinterpret_cast<double*>(values_ + take(value_bytes_, count * static_cast<int64_t>(sizeof(double))));
   }
-  RowParts row_parts(const Plan& plan) {
-    if (plan.tiles_per_row <= 1) return {};
-    RowParts parts;
-    parts.tickets = tickets(plan.outer_rows());
-    parts.parts = values(plan.tiles);
-    return parts;
+  Parts parts(int64_t count, int64_t sums) {
+    Parts p;
+    p.tickets = tickets(sums);
+    p.values = values(count);
+    return p;
   }
-  ScalarTree scalar_tree(int64_t items) {
-    ScalarTree tree;
+  Parts row_parts(const Plan& plan) { return plan.tiles_per_row > 1 ? parts(plan.tiles, plan.outer_rows()) : Parts(); }
+  void scalar_parts(Tree& tree, int64_t items) {
     const int64_t groups = ceil_div(items, kItemsPerGroup);
-    tree.count = items;
-    tree.group_tickets = tickets(groups);
-    tree.final_ticket = tickets(1);
-    tree.items = values(items);
-    tree.groups = values(groups);
-    return tree;
+    tree.items = parts(items, groups);
+    tree.groups = parts(groups, 1);
   }
   Result result(const Plan& plan, const View& out, Reduction reduction, double scale) {
     Result r;
@@ -201,8 +204,8 @@ class Workspace {
     r.reduction = reduction;
     r.scale = scale;
     if (reduction == Reduction::kOff || reduction == Reduction::kNone) return r;
-    r.rows = row_parts(plan);
-    if (reduction != Reduction::kSample) r.tree = scalar_tree(item_count(plan));
+    r.tree.rows = row_parts(plan);
+    if (reduction != Reduction::kSample) scalar_parts(r.tree, item_count(plan));
     return r;
   }
   int64_t ticket_bytes() const { return ticket_bytes_; }

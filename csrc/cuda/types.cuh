@@ -151,6 +151,29 @@ __device__ inline void store_strided(T* p, int64_t step, int valid, const Acc (&
   }
 }
 
+// A strided unit whose dtype is known only at run time.
+template <typename Acc, int kUnit>
+__device__ inline void load_strided_any(const void* data, int64_t at, int64_t step, int valid, DType dtype, Acc (&v)[kUnit]) {
+  switch (dtype) {
+    case DType::kFloat32:
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? static_cast<Acc>(static_cast<const float*>(data)[at + i * step]) : Acc(0);
+      break;
+    case DType::kFloat64:
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? static_cast<Acc>(static_cast<const double*>(data)[at + i * step]) : Acc(0);
+      break;
+    case DType::kBFloat16:
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? static_cast<Acc>(to_acc(static_cast<const BFloat16*>(data)[at + i * step])) : Acc(0);
+      break;
+    default:
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? static_cast<Acc>(to_acc(static_cast<const Float16*>(data)[at + i * step])) : Acc(0);
+      break;
+  }
+}
+
 // One number whose dtype is known only at run time (a learned scale, a beta).
 template <typename Acc>
 __device__ inline Acc load_any(const void* p, int64_t index, DType dtype) {

@@ -1,0 +1,102 @@
+// Host side of the loss kernel: two index spaces in one grid, one workspace.
+#include "elbo.cuh"
+
+#include "launch.cuh"
+
+namespace fused_elbo {
+namespace cuda {
+namespace {
+
+struct Prepared {
+  ElboParams params;
+  Access access;
+};
+
+struct Latent {
+  View mean, logvar, grad_mean, grad_logvar;
+  Plan plan;
+  bool vector = true;
+};
+
+Latent lay_out(const LatentArgs& a) {
+  Latent l;
+  Layout layout(a.shape, a.shape.event, unit_elements(a.dtype), a.mean);
+  l.mean = layout.view(a.mean);
+  l.logvar = layout.view(a.logvar);
+  l.grad_mean = layout.view(a.grad_mean);
+  l.grad_logvar = layout.view(a.grad_logvar);
+  l.plan = layout.plan(false);
+  l.vector = layout.vector();
+  return l;
+}
+
+Prepared prepare(const ElboArgs& a, Pass pass, Workspace& workspace) {
+  Prepared r;
+  ElboParams& p = r.params;
+  Latent latent;
+  const bool own_kl = a.latent.mean.data != nullptr;
+  LatentArgs latent_args = a.latent;
+  LikelihoodArgs reconstruction_args = a.reconstruction;
+  if (pass == Pass::kForward) {
+    latent_args.grad_mean.data = latent_args.grad_logvar.data = nullptr;
+    reconstruction_args.grad_mean.data = reconstruction_args.grad_x.data = reconstruction_args.grad_logvar.data = nullptr;
+  }
+  if (own_kl) latent = lay_out(latent_args);
+  PreparedLikelihood reconstruction = prepare_likelihood(reconstruction_args, Pass::kBoth, workspace, latent.vector);
+  p.reconstruction = reconstruction.params;
+  r.access = reconstruction.path.access;
+
+  p.mean = latent.mean;
+  p.logvar = latent.logvar;
+  p.grad_mean = latent.grad_mean;
+  p.grad_logvar = latent.grad_logvar;
+  p.latent_plan = latent.plan;
+  p.grad_kl = a.latent.grad_kl.data;
+  p.grad_kl_scale = a.latent.grad_kl_scale;
+  if (own_kl) p.latent_rows = workspace.row_parts(p.latent_plan);
+
+  auto per_row = [](const Operand& o) {
+    View v;
+    v.data = o.data;
+    v.row = o.row_stride;
+    v.dtype = o.dtype;
+    return v;
+  };
+  p.log_likelihood = per_row(a.reconstruction.ll);
+  p.kl = per_row(a.latent.kl);
+  if (!own_kl) p.kl_given = per_row(a.kl_given);
+  p.beta = a.beta;
+  p.beta_value = a.beta_value;
+  p.loss = a.loss.data;
+  p.loss_stride = a.loss.row_stride;
+  p.loss_per_row = a.loss_per_row;
+  p.loss_scale = a.loss_scale;
+  p.items = item_count(p.reconstruction.plan) + (own_kl ? item_count(p.latent_plan) : 0);
+  if (!a.loss_per_row) {
+    workspace.scalar_parts(p.tree, p.items);
+  } else if (own_kl) {
+    p.row_pairs = workspace.tickets(a.reconstruction.shape.rows);
+  }
+  return r;
+}
+
+}  // namespace
+
+int64_t elbo_workspace_bytes(const ElboArgs& args, Pass pass) {
+  Workspace counted;
+  prepare(args, pass, counted);
+  return counted.bytes();
+}
+
+void elbo(const ElboArgs& args, Pass pass, void* memory, const Context& context) {
+  Workspace counted;
+  prepare(args, pass, counted);
+  Workspace workspace(memory, counted);
+  const Prepared r = prepare(args, pass, workspace);
+  clear(memory, counted.ticket_bytes(), context.stream);
+  if (r.params.items == 0 && !args.loss_per_row) clear(args.loss.data, item_size(args.loss.dtype), context.stream);
+  launch_elbo(r.params, args.reconstruction.dtype, r.access, context.stream);
+}
+
+}  // namespace cuda
+}  // namespace fused_elbo

@@ -1,0 +1,33 @@
+// The loss kernel's parameters.
+#pragma once
+
+#include "likelihood.cuh"
+
+namespace fused_elbo {
+namespace cuda {
+
+struct ElboParams {
+  LikelihoodParams reconstruction;
+
+  Plan latent_plan;  // no tiles: the KL is given, or there is none
+  View mean, logvar, grad_mean, grad_logvar;
+  const void* grad_kl = nullptr;  // one number on the device
+  double grad_kl_scale = 1;
+  Parts latent_rows;
+
+  View log_likelihood, kl, kl_given;  // per row
+  const void* beta = nullptr;
+  double beta_value = 1;
+  void* loss = nullptr;
+  int64_t loss_stride = 0;  // 0: one number
+  bool loss_per_row = false;
+  double loss_scale = 1;
+  uint32_t* row_pairs = nullptr;  // loss per row: which of its two terms came first
+  Tree tree;                      // both terms' items: reconstruction first
+  int64_t items = 0;
+};
+
+void launch_elbo(const ElboParams&, DType, Access, void* stream);
+
+}  // namespace cuda
+}  // namespace fused_elbo

@@ -1,0 +1,44 @@
+// Gradients of log N(x; mean, exp(logvar)), with d = x - mean, s = d exp(-logvar) and g the upstream gradient:
+//   g s for mean (its negative for x), g 1/2 (s d - 1) for logvar, summed where one logvar serves a segment.
+//
+// Bytes per element: read x and mean, write grad_mean: 12 in float32, 6 in bfloat16 and float16, 24 in float64; a logvar per element adds
+// its own reading and a gradient of 4 bytes (8 in float64).
+// Launch: as the forward pass (likelihood_forward.cu).
+#include "launch.cuh"
+#include "likelihood.cuh"
+
+namespace fused_elbo {
+namespace cuda {
+namespace {
+
+template <typename T, Access kAccess>
+__global__ void __launch_bounds__(kThreads) likelihood_backward(const __grid_constant__ LikelihoodParams p) {
+  const Place place = find_place(p.plan, blockIdx.x);
+  likelihood_tile<T, Pass::kBackward, kAccess>(p, place, blockIdx.x);
+}
+
+template <typename T>
+void launch_typed(const LikelihoodParams& p, Access access, void* stream) {
+  void (*kernel)(LikelihoodParams) = access == Access::kUniform ? likelihood_backward<T, Access::kUniform>
+                                     : access == Access::kFull  ? likelihood_backward<T, Access::kFull>
+                                                                : likelihood_backward<T, Access::kStrided>;
+  launch(kernel, p.plan.tiles, p, stream);
+}
+
+}  // namespace
+
+void launch_likelihood_backward(const LikelihoodParams& p, DType dtype, LikelihoodPath path, void* stream) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return launch_typed<float>(p, path.access, stream);
+    case DType::kFloat64:
+      return launch_typed<double>(p, path.access, stream);
+    case DType::kBFloat16:
+      return launch_typed<BFloat16>(p, path.access, stream);
+    case DType::kFloat16:
+      return launch_typed<Float16>(p, path.access, stream);
+  }
+}
+
+}  // namespace cuda
+}  // namespace fused_elbo
