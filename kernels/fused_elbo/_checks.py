@@ -1,4 +1,5 @@
-"""Checks of arguments, before anything runs: every error names the function, the argument, what came and what to do."""
+"""Checks of arguments, before anything runs: every error names the function, the argument, what
+came and what to do."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def like(function: str, name: str, value: object, other_name: str, other: Tensor
     value = tensor(function, name, value)
     if value.shape != other.shape:
         raise ValueError(
-            f"{function}: {name} must have shape {tuple(other.shape)} like {other_name}, got {tuple(value.shape)}"
+            f"{function}: {name} must have shape {tuple(other.shape)} like {other_name}, "
+            f"got {tuple(value.shape)}"
         )
     same_device(function, name, value, other_name, other)
     return value
@@ -43,11 +45,14 @@ def like(function: str, name: str, value: object, other_name: str, other: Tensor
 def same_device(function: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(
-            f"{function}: {name} must be on {other.device} like {other_name}, got a tensor on {value.device}"
+            f"{function}: {name} must be on {other.device} like {other_name}, "
+            f"got a tensor on {value.device}"
         )
 
 
-def broadcastable(function: str, name: str, value: object, other_name: str, other: Tensor) -> Tensor:
+def broadcastable(
+    function: str, name: str, value: object, other_name: str, other: Tensor
+) -> Tensor:
     """A tensor that broadcasts to another's shape without enlarging it."""
     value = tensor(function, name, value)
     fits = value.dim() <= other.dim() and all(
@@ -74,7 +79,9 @@ def reduction(function: str, value: object, allowed: tuple[str, ...] = tuple(RED
 
 def number(function: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{function}: {name} must be a number or a tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"{function}: {name} must be a number or a tensor, got {type(value).__name__}"
+        )
     result = float(value)
     if math.isnan(result):
         raise ValueError(f"{function}: {name} must not be NaN")
@@ -86,7 +93,9 @@ def num_samples(function: str, value: object) -> int:
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{function}: num_samples must be an integer or None, got {type(value).__name__}")
+        raise TypeError(
+            f"{function}: num_samples must be an integer or None, got {type(value).__name__}"
+        )
     if value < 1:
         raise ValueError(f"{function}: num_samples must be at least 1, got {value}")
     return value  # type: ignore[return-value]
@@ -95,13 +104,18 @@ def num_samples(function: str, value: object) -> int:
 def noise(function: str, key: object, generator: object) -> None:
     if key is not None and not isinstance(key, NoiseKey):
         raise TypeError(
-            f"{function}: key must be a fused_elbo.NoiseKey, got {type(key).__name__} (NoiseKey(seed) makes one)"
+            f"{function}: key must be a fused_elbo.NoiseKey, got {type(key).__name__} "
+            "(NoiseKey(seed) makes one)"
         )
     if generator is not None:
         if key is not None:
-            raise ValueError(f"{function}: give either key or generator, not both: a key already fixes the noise")
+            raise ValueError(
+                f"{function}: give either key or generator, not both: a key already fixes the noise"
+            )
         if not isinstance(generator, torch.Generator):
-            raise TypeError(f"{function}: generator must be a torch.Generator, got {type(generator).__name__}")
+            raise TypeError(
+                f"{function}: generator must be a torch.Generator, got {type(generator).__name__}"
+            )
 
 
 def common_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Which backend runs, and why.
 
-A choice is made per call: the ``backend=`` argument, then `use_backend`, then the environment variable
-``FUSED_ELBO_BACKEND``, then the device of the tensors. An explicit choice that cannot run raises; an automatic one falls
-through to the next candidate and says so once in the log.
+A choice is made per call: the ``backend=`` argument, then `use_backend`, then the environment
+variable ``FUSED_ELBO_BACKEND``, then the device of the tensors. An explicit choice that cannot run
+raises; an automatic one falls through to the next candidate and says so once in the log.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _log = logging.getLogger("fused_elbo")
 
 @dataclass
 class Backend:
-    """A set of kernels: where it runs, why it cannot run here (None: it can), and how to load it."""
+    """A set of kernels: where it runs, why it cannot run here (None: it can), and how to load
+    it."""
 
     name: str
     devices: frozenset[str]
@@ -46,7 +47,9 @@ def _cuda_reason() -> str | None:
     if (reason := _library.reason()) is not None:
         return reason
     if not _library.built_with_cuda():
-        return "the extension was built without CUDA kernels (no nvcc was found, or FUSED_ELBO_CUDA=0)"
+        return (
+            "the extension was built without CUDA kernels (no nvcc was found, or FUSED_ELBO_CUDA=0)"
+        )
     if torch.version.hip is not None:
         return "this torch is built for ROCm; the triton backend serves AMD devices"
     if torch.version.cuda is None:
@@ -55,7 +58,8 @@ def _cuda_reason() -> str | None:
         return "torch finds no CUDA device"
     driver = torch._C._cuda_getDriverVersion()
     if driver < 13000:
-        return f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}; 13.0 (driver 580) is needed"
+        version = f"{driver // 1000}.{driver % 1000 // 10}"
+        return f"the NVIDIA driver supports CUDA {version}; 13.0 (driver 580) is needed"
     return None
 
 
@@ -150,7 +154,8 @@ def _answer(device_type: str, requested: str | None) -> Kernels | None:
 
 
 def _answer_namespace(device_type: str, requested: str | None, generation: int) -> str | None:
-    """What a trace needs to know of `_answer`; ``generation`` makes Dynamo ask again when answers have changed."""
+    """What a trace needs to know of `_answer`; ``generation`` makes Dynamo ask again when answers
+    have changed."""
     kernels = _answer(device_type, requested)
     return None if kernels is None else kernels.namespace
 
@@ -174,15 +179,21 @@ def explain(tensor: Tensor) -> str:
     return f"{name}: {why}"
 
 
-def _choose(device_type: str, requested: str | None) -> tuple[str, Callable[[], Kernels | None], str]:
+def _choose(
+    device_type: str, requested: str | None
+) -> tuple[str, Callable[[], Kernels | None], str]:
     source = "requested"
-    if requested is None and (requested := os.environ.get("FUSED_ELBO_BACKEND") or None) is not None:
+    if (
+        requested is None
+        and (requested := os.environ.get("FUSED_ELBO_BACKEND") or None) is not None
+    ):
         source = "requested by FUSED_ELBO_BACKEND"
     if requested is not None:
         backend = _BACKENDS[_known(requested)]
         if backend.devices and device_type not in backend.devices:
             raise RuntimeError(
-                f"fused_elbo: backend {requested!r} ({source}) runs on {' and '.join(sorted(backend.devices))} tensors, "
+                f"fused_elbo: backend {requested!r} ({source}) runs on "
+                f"{' and '.join(sorted(backend.devices))} tensors, "
                 f"got a {device_type} tensor"
             )
         if (reason := backend.reason()) is not None:
@@ -194,7 +205,12 @@ def _choose(device_type: str, requested: str | None) -> tuple[str, Callable[[], 
             why = f"the first that can run on {device_type} tensors"
             if reasons:
                 why += f" ({'; '.join(reasons)})"
-                _log.warning("fused_elbo: using the %s backend on %s tensors: %s", name, device_type, "; ".join(reasons))
+                _log.warning(
+                    "fused_elbo: using the %s backend on %s tensors: %s",
+                    name,
+                    device_type,
+                    "; ".join(reasons),
+                )
             return name, _BACKENDS[name].load, why
         reasons.append(f"{name} cannot: {reason}")
     raise AssertionError("the reference backend always runs")
@@ -202,5 +218,8 @@ def _choose(device_type: str, requested: str | None) -> tuple[str, Callable[[], 
 
 def _known(name: str) -> str:
     if name not in _BACKENDS:
-        raise ValueError(f"fused_elbo: unknown backend {name!r}, expected one of {', '.join(map(repr, _BACKENDS))}")
+        raise ValueError(
+            f"fused_elbo: unknown backend {name!r}, "
+            f"expected one of {', '.join(map(repr, _BACKENDS))}"
+        )
     return name

@@ -1,7 +1,8 @@
 """The public functions: they check, choose a backend, and call one operation.
 
-Dimension 0 is the batch ``B``; every other dimension belongs to the event. Results in nats are float32 (float64 for
-float64 inputs) whatever the inputs are, so that a half-precision KL cannot overflow.
+Dimension 0 is the batch ``B``; every other dimension belongs to the event. Results in nats are
+float32 (float64 for float64 inputs) whatever the inputs are, so that a half-precision KL cannot
+overflow.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _INFINITY = math.inf
 class ELBOOutput(NamedTuple):
     """What `elbo_loss` returns.
 
-    ``loss`` carries the gradient; ``log_likelihood`` and ``kl`` are per sample, ``[B]``, in nats, and detached.
+    ``loss`` carries the gradient; ``log_likelihood`` and ``kl`` are per sample, ``[B]``, in nats,
+    and detached.
     """
 
     loss: Tensor
@@ -53,29 +55,31 @@ def reparameterize_kl(
 ) -> tuple[Tensor, Tensor]:
     """A sample z ~ q = N(mean, exp(logvar)) and KL(q || p), in one kernel.
 
-    ``z = mean + exp(logvar / 2) * eps`` (Kingma and Welling, arXiv 1312.6114) and, summed over the event,
-    ``KL = 1/2 * sum(phi(logvar - prior_logvar) + (mean - prior_mean)**2 * exp(-prior_logvar))`` in nats, with
-    ``phi(x) = exp(x) - 1 - x`` computed without cancellation. Backward regenerates eps: nothing but the inputs and the
-    seed is saved.
+    ``z = mean + exp(logvar / 2) * eps`` (Kingma and Welling, arXiv 1312.6114) and, summed over the
+    event, ``KL = 1/2 * sum(phi(logvar - prior_logvar) + (mean - prior_mean)**2 *
+    exp(-prior_logvar))`` in nats, with ``phi(x) = exp(x) - 1 - x`` computed without cancellation.
+    Backward regenerates eps: nothing but the inputs and the seed is saved.
 
     Args:
-        mean, logvar: ``[B, *event]``, same shape; float32, float64, bfloat16 or float16. Row slices, chunks of the
-            channel dimension, channels_last and expanded tensors are read in place; layouts with more than four
-            incompatible event dimensions are copied first.
-        prior_mean, prior_logvar: the prior p; anything that broadcasts to the shape of ``mean``. Left out: N(0, I);
-            only one of them given: the other is 0. Gradients flow to both.
+        mean, logvar: ``[B, *event]``, same shape; float32, float64, bfloat16 or float16. Row
+            slices, chunks of the channel dimension, channels_last and expanded tensors are read in
+            place; layouts with more than four incompatible event dimensions are copied first.
+        prior_mean, prior_logvar: the prior p; anything that broadcasts to the shape of ``mean``.
+            Left out: N(0, I); only one of them given: the other is 0. Gradients flow to both.
         num_samples: K draws K samples per row; z then has shape ``[K, B, *event]``.
         key: the noise to draw. Default: one seed drawn from ``generator``.
-        generator: default: torch's generator of the device, so that ``torch.manual_seed`` reproduces.
-        reduction: of the KL: ``"sample"`` (``[B]``), ``"none"`` (``[B, *event]``), ``"batchmean"`` (sum over events,
-            mean over the batch) or ``"sum"``.
+        generator: default: torch's generator of the device, so that ``torch.manual_seed``
+            reproduces.
+        reduction: of the KL: ``"sample"`` (``[B]``), ``"none"`` (``[B, *event]``), ``"batchmean"``
+            (sum over events, mean over the batch) or ``"sum"``.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: by device.
 
     Returns:
         ``(z, kl)``: z has the dtype and layout of ``mean``; kl is float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: before anything runs, naming the argument. RuntimeError: the backend cannot run.
+        TypeError, ValueError: before anything runs, naming the argument. RuntimeError: the backend
+            cannot run.
 
     Equivalent to::
 
@@ -85,9 +89,18 @@ def reparameterize_kl(
     """
     name = "reparameterize_kl"
     z, kl = _latent(
-        name, mean, logvar, prior_mean, prior_logvar, num_samples, key, generator, True,
-        _checks.reduction(name, reduction), backend,
-    )  # fmt: skip
+        name,
+        mean,
+        logvar,
+        prior_mean,
+        prior_logvar,
+        num_samples,
+        key,
+        generator,
+        True,
+        _checks.reduction(name, reduction),
+        backend,
+    )
     return z, kl
 
 
@@ -100,7 +113,8 @@ def reparameterize(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A sample ``z = mean + exp(logvar / 2) * eps`` (arXiv 1312.6114); the first half of `reparameterize_kl`.
+    """A sample ``z = mean + exp(logvar / 2) * eps`` (arXiv 1312.6114); the first half of
+    `reparameterize_kl`.
 
     Arguments, shapes, dtypes and errors as there.
 
@@ -110,7 +124,7 @@ def reparameterize(
     """
     return _latent(
         "reparameterize", mean, logvar, None, None, num_samples, key, generator, True, OFF, backend
-    )[0]  # fmt: skip
+    )[0]
 
 
 def gaussian_kl(
@@ -132,9 +146,18 @@ def gaussian_kl(
     """
     name = "gaussian_kl"
     return _latent(
-        name, mean, logvar, prior_mean, prior_logvar, None, None, None, False,
-        _checks.reduction(name, reduction), backend,
-    )[1]  # fmt: skip
+        name,
+        mean,
+        logvar,
+        prior_mean,
+        prior_logvar,
+        None,
+        None,
+        None,
+        False,
+        _checks.reduction(name, reduction),
+        backend,
+    )[1]
 
 
 def gaussian_log_likelihood(
@@ -150,10 +173,11 @@ def gaussian_log_likelihood(
     ``-1/2 * sum((x - mean)**2 * exp(-logvar) + logvar + ln(2 pi))``.
 
     Args:
-        x, mean: ``[B, *event]``; one of them may have a leading sample dimension, ``[K, B, *event]``, over which the
-            other is broadcast. Different dtypes are promoted as torch does.
-        logvar: None (unit variance), a number, a 0-dim tensor (one learned variance), or any shape that broadcasts to
-            that of ``mean``: per channel ``[C, 1, 1]``, per pixel, or full.
+        x, mean: ``[B, *event]``; one of them may have a leading sample dimension, ``[K, B,
+            *event]``, over which the other is broadcast. Different dtypes are promoted as torch
+            does.
+        logvar: None (unit variance), a number, a 0-dim tensor (one learned variance), or any shape
+            that broadcasts to that of ``mean``: per channel ``[C, 1, 1]``, per pixel, or full.
         reduction: ``"sample"`` (``[B]``, or ``[K, B]``), ``"none"``, ``"batchmean"`` or ``"sum"``.
         backend: as in `reparameterize_kl`.
 
@@ -161,7 +185,8 @@ def gaussian_log_likelihood(
         float32 (float64 for float64). Gradients flow to x, mean and logvar.
 
     Raises:
-        TypeError, ValueError: before anything runs, naming the argument. RuntimeError: the backend cannot run.
+        TypeError, ValueError: before anything runs, naming the argument. RuntimeError: the backend
+            cannot run.
 
     Equivalent to::
 
@@ -178,7 +203,8 @@ def gaussian_log_likelihood(
             mean, batch_dims = mean.expand(x.shape), 2
         else:
             raise ValueError(
-                f"{name}: x must have shape {tuple(mean.shape)} like mean (one of them may have a leading sample "
+                f"{name}: x must have shape {tuple(mean.shape)} like mean "
+                f"(one of them may have a leading sample "
                 f"dimension more), got {tuple(x.shape)}"
             )
     else:
@@ -189,7 +215,9 @@ def gaussian_log_likelihood(
         dtype = _checks.common_dtype(x, mean)
         x, mean = x.to(dtype), mean.to(dtype)
     kernels = backends.select(mean.device.type, backend)
-    return ops.likelihood(kernels, x, mean, logvar_tensor, ops.LikelihoodParams(logvar_value, batch_dims, code))
+    return ops.likelihood(
+        kernels, x, mean, logvar_tensor, ops.LikelihoodParams(logvar_value, batch_dims, code)
+    )
 
 
 def elbo_loss(
@@ -204,29 +232,36 @@ def elbo_loss(
     reduction: str = "batchmean",
     backend: str | None = None,
 ) -> ELBOOutput:
-    """The negative evidence lower bound of a VAE with a Gaussian decoder, with every gradient from the same pass.
+    """The negative evidence lower bound of a VAE with a Gaussian decoder, with every gradient from
+    the same pass.
 
-    ``loss = -(log_likelihood - beta * kl)`` with ``log_likelihood = log N(x; recon_x, exp(recon_logvar))`` and
-    ``kl = KL(N(mean, exp(logvar)) || N(0, I))``, both in nats and summed over their events (arXiv 1312.6114; beta:
-    Higgins et al., ICLR 2017). With unit variance the loss is half the summed squared error plus the KL plus the
-    constant ``N/2 * ln(2 pi)`` per sample: minimizing MSE is maximizing a Gaussian likelihood.
+    ``loss = -(log_likelihood - beta * kl)`` with ``log_likelihood = log N(x; recon_x,
+    exp(recon_logvar))`` and ``kl = KL(N(mean, exp(logvar)) || N(0, I))``, both in nats and summed
+    over their events (arXiv 1312.6114; beta: Higgins et al., ICLR 2017). With unit variance the
+    loss is half the summed squared error plus the KL plus the constant ``N/2 * ln(2 pi)`` per
+    sample: minimizing MSE is maximizing a Gaussian likelihood.
 
     Args:
-        recon_x, x: the decoder's mean and the data, ``[B, *event]``. Different dtypes are promoted as torch does.
+        recon_x, x: the decoder's mean and the data, ``[B, *event]``. Different dtypes are promoted
+            as torch does.
         mean, logvar: the posterior, ``[B, *latent]``, or
-        kl: the KL per sample, ``[B]``, that `reparameterize_kl` has returned, instead of mean and logvar.
+        kl: the KL per sample, ``[B]``, that `reparameterize_kl` has returned, instead of mean and
+            logvar.
         recon_logvar: the decoder's log-variance, as ``logvar`` in `gaussian_log_likelihood`.
-        beta: weight of the KL: a number, or a 0-dim tensor (read on the device; it gets no gradient).
+        beta: weight of the KL: a number, or a 0-dim tensor (read on the device; it gets no
+            gradient).
         reduction: ``"batchmean"`` (mean over the batch), ``"sum"`` or ``"sample"`` (``[B]``).
         backend: as in `reparameterize_kl`.
 
     Returns:
-        `ELBOOutput` ``(loss, log_likelihood, kl)``; the last two are ``[B]`` and detached. Gradients of the loss flow
-        to recon_x, x, recon_logvar, mean, logvar and kl. When gradients are wanted they are computed in the forward
+        `ELBOOutput` ``(loss, log_likelihood, kl)``; the last two are ``[B]`` and detached.
+        Gradients of the loss flow to recon_x, x, recon_logvar, mean, logvar and kl. When gradients
+        are wanted they are computed in the forward
         pass and held until backward: one buffer the size of recon_x, and those of mean and logvar.
 
     Raises:
-        TypeError, ValueError: before anything runs, naming the argument. RuntimeError: the backend cannot run.
+        TypeError, ValueError: before anything runs, naming the argument. RuntimeError: the backend
+            cannot run.
 
     Equivalent to::
 
@@ -245,7 +280,8 @@ def elbo_loss(
         kl = _checks.tensor(name, "kl", kl)
         if kl.shape != recon_x.shape[:1]:
             raise ValueError(
-                f"{name}: kl must have shape ({batch},), one value per sample as reduction='sample' gives, "
+                f"{name}: kl must have shape ({batch},), "
+                f"one value per sample as reduction='sample' gives, "
                 f"got {tuple(kl.shape)}"
             )
         _checks.same_device(name, "kl", kl, "recon_x", recon_x)
@@ -254,14 +290,18 @@ def elbo_loss(
             raise ValueError(f"{name}: give mean and logvar, or kl")
         mean = _checks.batched(name, "mean", mean)
         if mean.shape[0] != batch:
-            raise ValueError(f"{name}: mean must have batch size {batch} like recon_x, got {mean.shape[0]}")
+            raise ValueError(
+                f"{name}: mean must have batch size {batch} like recon_x, got {mean.shape[0]}"
+            )
         _checks.same_device(name, "mean", mean, "recon_x", recon_x)
         logvar = _checks.like(name, "logvar", logvar, "mean", mean)
     variance, variance_value = _variance(name, "recon_logvar", recon_logvar, "recon_x", recon_x)
     beta_tensor, beta_value = None, 1.0
     if isinstance(beta, Tensor):
         if beta.dim() != 0:
-            raise ValueError(f"{name}: beta must be a number or a 0-dim tensor, got shape {tuple(beta.shape)}")
+            raise ValueError(
+                f"{name}: beta must be a number or a 0-dim tensor, got shape {tuple(beta.shape)}"
+            )
         _checks.same_device(name, "beta", _checks.tensor(name, "beta", beta), "recon_x", recon_x)
         beta_tensor = beta.detach()
     else:
@@ -323,7 +363,8 @@ def _latent(
 def resolve_noise(
     name: str, key: NoiseKey | None, generator: torch.Generator | None, device: torch.device
 ) -> tuple[Tensor | None, int, int, int]:
-    """``seed, seed_value, stream, row_offset`` of a call: those of its key, or a seed drawn from the generator."""
+    """``seed, seed_value, stream, row_offset`` of a call: those of its key, or a seed drawn from
+    the generator."""
     if key is None:
         if generator is not None:
             _checks.noise(name, key, generator)
@@ -332,7 +373,9 @@ def resolve_noise(
     seed = key.seed
     if isinstance(seed, Tensor):
         if seed.device != device:
-            raise ValueError(f"{name}: key.seed must be on {device} like mean, got a tensor on {seed.device}")
+            raise ValueError(
+                f"{name}: key.seed must be on {device} like mean, got a tensor on {seed.device}"
+            )
         return seed, 0, key.stream, key.row_offset
     return None, _signed64(seed), key.stream, key.row_offset
 
@@ -345,7 +388,9 @@ def broadcast_prior(
     for label, parameter in (("prior_mean", prior_mean), ("prior_logvar", prior_logvar)):
         if parameter is None:
             parameter = mean.new_zeros(())
-        parameters.append(_checks.broadcastable(name, label, parameter, "mean", mean).expand(mean.shape))
+        parameters.append(
+            _checks.broadcastable(name, label, parameter, "mean", mean).expand(mean.shape)
+        )
     return parameters[0], parameters[1]
 
 

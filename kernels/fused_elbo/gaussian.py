@@ -1,4 +1,5 @@
-"""`DiagonalGaussian`: a posterior given by its moments, as latent-diffusion autoencoders produce them."""
+"""`DiagonalGaussian`: a posterior given by its moments, as latent-diffusion autoencoders produce
+them."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ _NO_CLAMP = (-math.inf, math.inf)
 class DiagonalGaussian:
     """N(mean, diag(exp(logvar))) over ``[B, *event]``.
 
-    ``DiagonalGaussian(mean, logvar)`` takes two tensors of one shape. `from_moments` takes one tensor that holds both,
-    reads it in place whatever its strides, and gives it one gradient, written once in its own layout.
+    ``DiagonalGaussian(mean, logvar)`` takes two tensors of one shape. `from_moments` takes one
+    tensor that holds both, reads it in place whatever its strides, and gives it one gradient,
+    written once in its own layout.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -45,12 +47,15 @@ class DiagonalGaussian:
         """The Gaussian whose ``mean, logvar = moments.chunk(2, dim)``.
 
         Args:
-            moments: ``[B, 2 * C, *rest]`` for ``dim=1``; contiguous, channels_last or any other layout.
+            moments: ``[B, 2 * C, *rest]`` for ``dim=1``; contiguous, channels_last or any other
+                layout.
             dim: the dimension that holds both halves; not the batch dimension.
-            clamp: logvar is clamped to this range, with zero gradient outside, as `torch.clamp` does; None: no clamp.
+            clamp: logvar is clamped to this range, with zero gradient outside, as `torch.clamp`
+                does; None: no clamp.
 
         Raises:
-            TypeError, ValueError: not a floating-point tensor, an odd size, a dim out of range, an empty clamp range.
+            TypeError, ValueError: not a floating-point tensor, an odd size, a dim out of range, an
+                empty clamp range.
 
         Equivalent to::
 
@@ -59,13 +64,21 @@ class DiagonalGaussian:
         """
         name = "DiagonalGaussian.from_moments"
         moments = _checks.batched(name, "moments", moments)
-        if not isinstance(dim, int) or not -moments.dim() <= dim < moments.dim() or dim % moments.dim() == 0:
+        if (
+            not isinstance(dim, int)
+            or not -moments.dim() <= dim < moments.dim()
+            or dim % moments.dim() == 0
+        ):
             raise ValueError(
-                f"{name}: dim must be a dimension of moments {tuple(moments.shape)} other than the batch, got {dim!r}"
+                f"{name}: dim must be a dimension of moments {tuple(moments.shape)} "
+                f"other than the batch, got {dim!r}"
             )
         dim %= moments.dim()
         if moments.shape[dim] % 2:
-            raise ValueError(f"{name}: moments must have an even size in dimension {dim}, got {tuple(moments.shape)}")
+            raise ValueError(
+                f"{name}: moments must have an even size in dimension {dim}, "
+                f"got {tuple(moments.shape)}"
+            )
         if clamp is not None and not clamp[0] <= clamp[1]:
             raise ValueError(f"{name}: clamp must be (low, high) with low <= high, got {clamp!r}")
         self = cls.__new__(cls)
@@ -101,8 +114,11 @@ class DiagonalGaussian:
         generator: torch.Generator | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        """A reparameterized sample, ``[B, *event]`` or ``[K, B, *event]``; arguments as in `reparameterize`."""
-        return self._run("DiagonalGaussian.rsample", None, num_samples, key, generator, True, OFF, backend)[0]
+        """A reparameterized sample, ``[B, *event]`` or ``[K, B, *event]``; arguments as in
+        `reparameterize`."""
+        return self._run(
+            "DiagonalGaussian.rsample", None, num_samples, key, generator, True, OFF, backend
+        )[0]
 
     def sample_kl(
         self,
@@ -119,22 +135,35 @@ class DiagonalGaussian:
         return self._run(name, None, num_samples, key, generator, True, code, backend)
 
     def kl(
-        self, other: DiagonalGaussian | None = None, reduction: str = "sample", *, backend: str | None = None
+        self,
+        other: DiagonalGaussian | None = None,
+        reduction: str = "sample",
+        *,
+        backend: str | None = None,
     ) -> Tensor:
-        """KL(self || other) in nats, ``[B]``; other=None is N(0, I). Reductions as in `gaussian_kl`."""
+        """KL(self || other) in nats, ``[B]``; other=None is N(0, I). Reductions as in
+        `gaussian_kl`."""
         name = "DiagonalGaussian.kl"
         if other is not None and not isinstance(other, DiagonalGaussian):
-            raise TypeError(f"{name}: other must be a DiagonalGaussian or None, got {type(other).__name__}")
+            raise TypeError(
+                f"{name}: other must be a DiagonalGaussian or None, got {type(other).__name__}"
+            )
         code = _checks.reduction(name, reduction)
         return self._run(name, other, None, None, None, False, code, backend)[1]
 
-    def log_prob(self, x: Tensor, reduction: str = "sample", *, backend: str | None = None) -> Tensor:
-        """log density of ``x``, ``[B, *event]`` or ``[K, B, *event]``, in nats; `gaussian_log_likelihood`."""
-        return gaussian_log_likelihood(x, self.mean, self.logvar, reduction=reduction, backend=backend)
+    def log_prob(
+        self, x: Tensor, reduction: str = "sample", *, backend: str | None = None
+    ) -> Tensor:
+        """log density of ``x``, ``[B, *event]`` or ``[K, B, *event]``, in nats;
+        `gaussian_log_likelihood`."""
+        return gaussian_log_likelihood(
+            x, self.mean, self.logvar, reduction=reduction, backend=backend
+        )
 
     def __repr__(self) -> str:
         mean = self.mean
-        return f"DiagonalGaussian(shape={tuple(mean.shape)}, dtype={mean.dtype}, device='{mean.device}')"
+        shape, dtype, device = tuple(mean.shape), mean.dtype, mean.device
+        return f"DiagonalGaussian(shape={shape}, dtype={dtype}, device='{device}')"
 
     def _run(
         self,
@@ -158,8 +187,17 @@ class DiagonalGaussian:
         samples = _checks.num_samples(name, num_samples)
         seed, seed_value, stream, row_offset = None, 0, 0, 0
         if want_z:
-            seed, seed_value, stream, row_offset = resolve_noise(name, key, generator, source.device)
+            seed, seed_value, stream, row_offset = resolve_noise(
+                name, key, generator, source.device
+            )
         params = ops.LatentParams(
-            seed_value, stream, row_offset, samples, self._chunk_dim, *self._clamp, want_z, reduction
+            seed_value,
+            stream,
+            row_offset,
+            samples,
+            self._chunk_dim,
+            *self._clamp,
+            want_z,
+            reduction,
         )
         return ops.latent(kernels, source, logvar, prior_mean, prior_logvar, seed, params)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capture, ops, reference, tracing
+from . import calls, capture, ops, reference, tracing
+from .calls import ELBOInputs, ELBOParams, Kernels, LatentParams, LikelihoodParams
 from .noise import NoiseKey
-from .ops import ELBOInputs, ELBOParams, Kernels, LatentParams, LikelihoodParams
 from .schemas import OFF, SCHEMAS
 
 _RANGED = (
@@ -39,6 +39,8 @@ def wanted() -> bool:
 @functools.cache
 def instrument(kernels: Kernels | None) -> Kernels:
     """The same kernels, each in a range; None stands for the reference."""
+    if kernels is not None and kernels.namespace.endswith("_instrumented"):
+        return kernels
     namespace = "fused_elbo_reference" if kernels is None else kernels.namespace
     plain = _reference_operations() if kernels is None else kernels._asdict()
     operations = {
@@ -80,9 +82,9 @@ def _ranged_elbo_backward(namespace: str) -> Callable[..., Any]:
     def elbo_backward(inputs: ELBOInputs, *args: Any) -> Any:
         message = _message("elbo_backward", _backend(namespace, inputs.recon_x), inputs.recon_x, 0)
         if not tracing.is_enabled():
-            return ops._elbo_backward_scaled(inputs, *args)
+            return calls.elbo_backward_scaled(inputs, *args)
         with tracing.Range(message, inputs.recon_x.numel()):
-            return ops._elbo_backward_scaled(inputs, *args)
+            return calls.elbo_backward_scaled(inputs, *args)
 
     return elbo_backward
 
@@ -124,7 +126,7 @@ def _latent_forward(
     seed: Tensor | None,
     *params: Any,
 ) -> tuple[Tensor, Tensor]:
-    return ops._latent_plain(
+    return calls.latent_plain(
         None, LatentParams(*params), mean, logvar, prior_mean, prior_logvar, seed
     )
 
@@ -140,23 +142,23 @@ def _latent_backward(
     *params: Any,
 ) -> tuple[Tensor, ...]:
     *noise_and_clamp, reduction, _ = params
-    latent_params = LatentParams(
-        *noise_and_clamp, want_z=grad_z is not None, reduction=OFF if grad_kl is None else reduction
+    latent_params = LatentParams._make(
+        (*noise_and_clamp, grad_z is not None, OFF if grad_kl is None else reduction)
     )
-    return ops._latent_backward_plain(
+    return calls.latent_backward_plain(
         None, latent_params, mean, logvar, prior_mean, prior_logvar, seed, grad_z, grad_kl
     )
 
 
 def _likelihood_forward(x: Tensor, mean: Tensor, logvar: Tensor | None, *params: Any) -> Tensor:
-    return ops._likelihood_plain(LikelihoodParams(*params), x, mean, logvar)
+    return calls.likelihood_plain(LikelihoodParams(*params), x, mean, logvar)
 
 
 def _likelihood_backward(
     x: Tensor, mean: Tensor, logvar: Tensor | None, *params: Any
 ) -> tuple[Tensor, Tensor]:
     *likelihood_params, grad, _, _ = params
-    return ops._likelihood_backward_plain(
+    return calls.likelihood_backward_plain(
         LikelihoodParams(*likelihood_params), x, mean, logvar, grad
     )
 
@@ -180,7 +182,7 @@ def _elbo_forward(
     empty = recon_x.new_empty(0)
     grads: tuple[Tensor | None, ...] = (None,) * 4
     if want_grads:
-        grad_recon, _, *others, _ = ops._elbo_backward_plain(inputs, params, torch.ones_like(loss))
+        grad_recon, _, *others, _ = calls.elbo_backward_plain(inputs, params, torch.ones_like(loss))
         grads = (grad_recon, *others)
     # An operation may not return its input, here a given kl.
     return loss, ll, kl_out.clone(), *(empty.clone() if g is None else g for g in grads)

@@ -58,8 +58,8 @@ class GaussianLogLikelihood(nn.Module):
 
     Args:
         logvar: None (unit variance, or the one given to forward) or a number.
-        learn: make ``logvar`` a parameter, one variance learned with the model (arXiv 2006.13202); it starts at the
-            number given, or 0.
+        learn: make ``logvar`` a parameter, one variance learned with the model (arXiv 2006.13202);
+            it starts at the number given, or 0.
         reduction, backend: as in `gaussian_log_likelihood`.
     """
 
@@ -94,7 +94,8 @@ class GaussianLogLikelihood(nn.Module):
 
 
 class ELBOLoss(nn.Module):
-    """`elbo_loss` with its options fixed: ``loss, log_likelihood, kl = module(recon_x, x, mean, logvar)``.
+    """`elbo_loss` with its options fixed: ``loss, log_likelihood, kl = module(recon_x, x, mean,
+    logvar)``.
 
     Args:
         beta, reduction, backend: as in `elbo_loss`. ``beta`` may be changed between calls.

@@ -1,8 +1,9 @@
-"""The mathematics in plain PyTorch: the truth that every kernel and every gradcheck is compared with.
+"""The mathematics in plain PyTorch: the truth that every kernel and every gradcheck is compared
+with.
 
-Differentiable, exact in float64, one formula per function, on any device. It is also the `reference` backend and, being
-made of ordinary operations, what double backward and forward-mode derivatives run on.
-Half-precision inputs are computed in float32, as in the kernels.
+Differentiable, exact in float64, one formula per function, on any device. It is also the
+`reference` backend and, being made of ordinary operations, what double backward and forward-mode
+derivatives run on. Half-precision inputs are computed in float32, as in the kernels.
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
 
 
-# ---------------------------------------------------------------------------------------------------------- noise
+# noise
 
 
-def philox_words(key: NoiseKey, sample: int, first: int, count: int, device: torch.device | None = None) -> Tensor:
-    """The Philox4x32-10 output words of counters ``first .. first + count - 1``: int64 ``[count, 4]``."""
-    seed = key.seed if isinstance(key.seed, Tensor) else torch.tensor(_as_int64(key.seed), device=device)
+def philox_words(
+    key: NoiseKey, sample: int, first: int, count: int, device: torch.device | None = None
+) -> Tensor:
+    """The Philox4x32-10 output words of counters ``first .. first + count - 1``: int64 ``[count,
+    4]``."""
+    seed = (
+        key.seed
+        if isinstance(key.seed, Tensor)
+        else torch.tensor(_as_int64(key.seed), device=device)
+    )
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     counter = torch.arange(first, first + count, dtype=torch.int64, device=seed.device)
     c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
@@ -40,7 +48,8 @@ def philox_words(key: NoiseKey, sample: int, first: int, count: int, device: tor
 
 
 def uniforms(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """u(w) = fma(w, 2**-32, 2**-33) in (0, 1], rounded twice in float32, exact in float64. Returned as float64."""
+    """u(w) = fma(w, 2**-32, 2**-33) in (0, 1], rounded twice in float32, exact in float64. Returned
+    as float64."""
     w = words.double() if dtype == torch.float64 else words.float().double()
     u = w * 2.0**-32 + 2.0**-33  # exact: at most 34 significant bits
     return u if dtype == torch.float64 else u.float().double()
@@ -53,7 +62,8 @@ def normals(
     num_samples: int = 0,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Standard normals for ``[B, *event]``, or ``[K, B, *event]`` with ``num_samples=K``; Box-Muller in float64.
+    """Standard normals for ``[B, *event]``, or ``[K, B, *event]`` with ``num_samples=K``;
+    Box-Muller in float64.
 
     Rounded to float32 unless ``dtype`` is float64.
     """
@@ -95,7 +105,7 @@ def _as_int64(v: int) -> int:
     return v - (1 << 64) if v >= 1 << 63 else v
 
 
-# ------------------------------------------------------------------------------------------------------- formulas
+# formulas
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -107,7 +117,8 @@ def phi(x: Tensor) -> Tensor:
     """exp(x) - 1 - x without cancellation; never negative."""
     small = x.abs() < 0.5
     near = torch.where(small, x, 0.0)
-    # sum of x**n / n! for n = 2..16: the first term left out is below 2**-53 of the sum for |x| < 1/2
+    # sum of x**n / n! for n = 2..16: the first term left out is below 2**-53 of the sum for |x| <
+    # 1/2
     series = torch.full_like(near, 1.0 / math.factorial(16))
     for n in range(15, 1, -1):
         series = series * near + 1.0 / math.factorial(n)
@@ -127,7 +138,8 @@ def reduce(nats: Tensor, reduction: str, batch_dims: int = 1) -> Tensor:
 
 
 def spread(grad: Tensor, shape: torch.Size, reduction: str, batch_dims: int = 1) -> Tensor:
-    """The adjoint of `reduce`: an upstream gradient as a coefficient for every element of ``shape``."""
+    """The adjoint of `reduce`: an upstream gradient as a coefficient for every element of
+    ``shape``."""
     if reduction == "sample":
         grad = grad.reshape(grad.shape + (1,) * (len(shape) - batch_dims))
     elif reduction == "batchmean":
@@ -151,7 +163,8 @@ def sample_and_kl(
     clamp: tuple[float, float],
     reduction: str | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """z = mean + exp(logvar / 2) eps and KL(q || p) = 1/2 [phi(logvar - prior_logvar) + (mean - prior_mean)^2 / var_p]."""
+    """z = mean + exp(logvar / 2) eps and KL(q || p) = 1/2 [phi(logvar - prior_logvar) + (mean -
+    prior_mean)^2 / var_p]."""
     dtype = mean.dtype
     mean, logvar, prior_mean, prior_logvar = _accumulate(mean, logvar, prior_mean, prior_logvar)
     logvar = _clamp(logvar, clamp)
@@ -181,7 +194,9 @@ def sample_and_kl_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of `sample_and_kl`, written out; differentiable in turn."""
     dtype = mean.dtype
-    mean, raw_logvar, prior_mean, prior_logvar, grad_z = _accumulate(mean, logvar, prior_mean, prior_logvar, grad_z)
+    mean, raw_logvar, prior_mean, prior_logvar, grad_z = _accumulate(
+        mean, logvar, prior_mean, prior_logvar, grad_z
+    )
     logvar = _clamp(raw_logvar, clamp)
     grad_mean, grad_logvar = torch.zeros_like(mean), torch.zeros_like(logvar)
     grad_prior_mean = grad_prior_logvar = None
@@ -206,7 +221,9 @@ def sample_and_kl_backward(
             grad_prior_mean = -g * pull
             grad_prior_logvar = -0.5 * g * (excess + (mean - prior_mean) * pull)
     if clamp != (-math.inf, math.inf):
-        grad_logvar = torch.where((raw_logvar >= clamp[0]) & (raw_logvar <= clamp[1]), grad_logvar, 0.0)
+        grad_logvar = torch.where(
+            (raw_logvar >= clamp[0]) & (raw_logvar <= clamp[1]), grad_logvar, 0.0
+        )
     return (
         grad_mean.to(dtype),
         grad_logvar.to(dtype),
@@ -215,7 +232,9 @@ def sample_and_kl_backward(
     )
 
 
-def log_likelihood(x: Tensor, mean: Tensor, logvar: Tensor | float, batch_dims: int, reduction: str) -> Tensor:
+def log_likelihood(
+    x: Tensor, mean: Tensor, logvar: Tensor | float, batch_dims: int, reduction: str
+) -> Tensor:
     """log N(x; mean, exp(logvar)) = -1/2 [(x - mean)^2 exp(-logvar) + logvar + ln 2 pi]."""
     residual, logvar, inverse = _residual(x, mean, logvar)
     nats = -0.5 * (residual.square() * inverse + logvar + LOG_2PI)
@@ -225,8 +244,9 @@ def log_likelihood(x: Tensor, mean: Tensor, logvar: Tensor | float, batch_dims: 
 def log_likelihood_backward(
     x: Tensor, mean: Tensor, logvar: Tensor | float, batch_dims: int, reduction: str, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `log_likelihood` for mean (minus that for x) and logvar; differentiable in turn."""
-    residual, log_variance, inverse = _residual(x, mean, logvar)
+    """The gradients of `log_likelihood` for mean (minus that for x) and logvar; differentiable in
+    turn."""
+    residual, _, inverse = _residual(x, mean, logvar)
     g = spread(grad, x.shape, reduction, batch_dims)
     grad_mean = g * residual * inverse
     grad_logvar = 0.5 * g * (residual.square() * inverse - 1.0)
@@ -262,7 +282,9 @@ def _clamp(logvar: Tensor, clamp: tuple[float, float]) -> Tensor:
     return logvar if clamp == (-math.inf, math.inf) else logvar.clamp(*clamp)
 
 
-def _residual(x: Tensor, mean: Tensor, logvar: Tensor | float) -> tuple[Tensor, Tensor | float, Tensor | float]:
+def _residual(
+    x: Tensor, mean: Tensor, logvar: Tensor | float
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
     x, mean = _accumulate(x, mean)
     if isinstance(logvar, Tensor):
         logvar = logvar.to(x.dtype)

@@ -1,11 +1,15 @@
-"""The raw operations: what every backend implements, and what their outputs look like before anything runs.
+"""The raw operations: what every backend implements, and what their outputs look like before
+anything runs.
 
 A raw operation is not differentiable; `ops` adds autograd. Conventions that all of them share:
 
-- ``reduction``: -1 not wanted, 0 none, 1 sample, 2 sum, 3 batchmean. An output that is not wanted has shape ``[0]``.
+- ``reduction``: -1 not wanted, 0 none, 1 sample, 2 sum, 3 batchmean. An output that is not wanted
+  has shape ``[0]``.
 - Everything in nats, and the gradient flowing into it, is float32 (float64 for float64 inputs).
-- ``seed`` is a 0-dim int64 tensor on the device of the inputs; without it ``seed_value`` is the seed.
-- ``chunk_dim >= 0``: ``mean`` holds mean and logvar, chunked along that dimension; so does ``grad_mean``.
+- ``seed`` is a 0-dim int64 tensor on the device of the inputs; without it ``seed_value`` is the
+  seed.
+- ``chunk_dim >= 0``: ``mean`` holds mean and logvar, chunked along that dimension; so does
+  ``grad_mean``.
 - ``clamp_min = -inf`` and ``clamp_max = inf`` stand for no clamp.
 """
 
@@ -28,27 +32,32 @@ _LATENT_PARAMS = (
 )
 _LATENT_INPUTS = "Tensor mean, Tensor? logvar, Tensor? prior_mean, Tensor? prior_logvar"
 
-#: name -> signature, the same in every namespace that holds kernels. csrc/torch_ops.cpp repeats them.
+#: name -> signature, the same in every namespace that holds kernels. csrc/torch_ops.cpp repeats
+#: them.
 SCHEMAS = {
     "latent_forward": (
-        f"({_LATENT_INPUTS}, Tensor? seed, {_LATENT_PARAMS}, bool want_z, int reduction) -> (Tensor z, Tensor kl)"
+        f"({_LATENT_INPUTS}, Tensor? seed, {_LATENT_PARAMS}, bool want_z, int reduction) "
+        "-> (Tensor z, Tensor kl)"
     ),
     "latent_backward": (
-        f"({_LATENT_INPUTS}, Tensor? grad_z, Tensor? grad_kl, Tensor? seed, {_LATENT_PARAMS}, int reduction, "
-        "bool want_prior) -> (Tensor grad_mean, Tensor grad_logvar, Tensor grad_prior_mean, Tensor grad_prior_logvar)"
+        f"({_LATENT_INPUTS}, Tensor? grad_z, Tensor? grad_kl, Tensor? seed, {_LATENT_PARAMS}, "
+        "int reduction, bool want_prior) -> (Tensor grad_mean, Tensor grad_logvar, "
+        "Tensor grad_prior_mean, Tensor grad_prior_logvar)"
     ),
     "likelihood_forward": (
-        "(Tensor x, Tensor mean, Tensor? logvar, float logvar_value, int batch_dims, int reduction) -> Tensor"
+        "(Tensor x, Tensor mean, Tensor? logvar, float logvar_value, int batch_dims, "
+        "int reduction) -> Tensor"
     ),
     "likelihood_backward": (
-        "(Tensor x, Tensor mean, Tensor? logvar, float logvar_value, int batch_dims, int reduction, Tensor grad, "
-        "bool want_mean, bool want_logvar) -> (Tensor grad_mean, Tensor grad_logvar)"
+        "(Tensor x, Tensor mean, Tensor? logvar, float logvar_value, int batch_dims, "
+        "int reduction, Tensor grad, bool want_mean, bool want_logvar) "
+        "-> (Tensor grad_mean, Tensor grad_logvar)"
     ),
     "elbo_forward": (
-        "(Tensor recon_x, Tensor x, Tensor? recon_logvar, float recon_logvar_value, Tensor? mean, Tensor? logvar, "
-        "Tensor? kl, Tensor? beta, float beta_value, int reduction, bool want_grads) -> (Tensor loss, "
-        "Tensor log_likelihood, Tensor kl_out, Tensor grad_recon, Tensor grad_recon_logvar, Tensor grad_mean, "
-        "Tensor grad_logvar)"
+        "(Tensor recon_x, Tensor x, Tensor? recon_logvar, float recon_logvar_value, Tensor? mean, "
+        "Tensor? logvar, Tensor? kl, Tensor? beta, float beta_value, int reduction, "
+        "bool want_grads) -> (Tensor loss, Tensor log_likelihood, Tensor kl_out, "
+        "Tensor grad_recon, Tensor grad_recon_logvar, Tensor grad_mean, Tensor grad_logvar)"
     ),
     "fold_seed": "(Tensor seed, int data) -> Tensor",
     "noise_words": "(Tensor seed, int stream, int sample, int first, int count) -> Tensor",
@@ -118,11 +127,21 @@ def _latent_backward(
     if not want_prior or prior_mean is None or prior_logvar is None:
         return torch.empty_like(mean), grad_logvar, none, mean.new_empty(0)
     part, _ = halves(mean, logvar, chunk_dim)
-    return torch.empty_like(mean), grad_logvar, part.new_empty(part.shape), part.new_empty(part.shape)
+    return (
+        torch.empty_like(mean),
+        grad_logvar,
+        part.new_empty(part.shape),
+        part.new_empty(part.shape),
+    )
 
 
 def _likelihood_forward(
-    x: Tensor, mean: Tensor, logvar: Tensor | None, logvar_value: float, batch_dims: int, reduction: int
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor | None,
+    logvar_value: float,
+    batch_dims: int,
+    reduction: int,
 ) -> Tensor:
     return nats_like(mean, batch_dims, reduction)
 
@@ -139,7 +158,9 @@ def _likelihood_backward(
     want_logvar: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_mean = torch.empty_like(mean) if want_mean else mean.new_empty(0)
-    grad_logvar = logvar.new_empty(logvar.shape) if want_logvar and logvar is not None else mean.new_empty(0)
+    grad_logvar = (
+        logvar.new_empty(logvar.shape) if want_logvar and logvar is not None else mean.new_empty(0)
+    )
     return grad_mean, grad_logvar
 
 
