@@ -158,12 +158,12 @@ int64_t LatentWork<T>::partials_needed(const LatentArgs& args, Pass pass, bool t
 }
 
 template <typename T>
-LatentWork<T>::LatentWork(const LatentArgs& args, Pass pass, double* partials)
+LatentWork<T>::LatentWork(const LatentArgs& args, Pass pass, double* partials, bool totals)
     : args_(args),
       pass_(pass),
       units_(cut(args)),
       channels_last_(is_channels_last(args)),
-      partials_(partials),
+      partials_(partials_needed(args, pass, totals) > 0 ? partials : nullptr),
       noise_(make_noise(args.key)) {
   constexpr int kLogical[] = {0, 1, 2, 3};
   constexpr int kSwapped[] = {1, 0};
@@ -397,9 +397,7 @@ namespace {
 
 template <typename T>
 void run_latent(const LatentArgs& args, Pass pass, void* workspace, const Context& context) {
-  double* const partials =
-      LatentWork<T>::partials_needed(args, pass, false) > 0 ? static_cast<double*>(workspace) : nullptr;
-  LatentWork<T> work(args, pass, partials);
+  LatentWork<T> work(args, pass, static_cast<double*>(workspace), false);
   for_units(
       context, work.units(),
       [](void* user, int64_t begin, int64_t end) { static_cast<LatentWork<T>*>(user)->run(begin, end); }, &work);

@@ -29,9 +29,10 @@ struct LatentBuffers;
 template <typename T>
 class LatentWork {
  public:
-  LatentWork(const LatentArgs& args, Pass pass, double* partials);
+  // totals: total() will be asked for.
+  LatentWork(const LatentArgs& args, Pass pass, double* partials, bool totals);
 
-  // Doubles that the constructor's partials must have room for. totals: total() will be asked for.
+  // Doubles that the constructor's partials must have room for.
   static int64_t partials_needed(const LatentArgs& args, Pass pass, bool totals);
 
   int64_t units() const { return units_.count(); }

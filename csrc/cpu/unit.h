@@ -22,15 +22,16 @@ struct Units {
   int64_t samples, rows, event;
   int64_t rows_per_unit = 1, segments = 1, segment = 0;
 
-  // A segment is a multiple of quantum elements.
-  Units(int64_t samples, int64_t rows, int64_t event, int64_t quantum) : samples(samples), rows(rows), event(event) {
+  // A segment is a multiple of quantum elements. single: no unit has more than one row.
+  Units(int64_t samples, int64_t rows, int64_t event, int64_t quantum, bool single = false)
+      : samples(samples), rows(rows), event(event) {
     if (event > kUnit) {
       segment = kUnit / quantum * quantum;
       segments = (event + segment - 1) / segment;
       return;
     }
     segment = event;
-    if (event == 0) return;
+    if (event == 0 || single) return;
     rows_per_unit = kUnit / event;
     // Whole groups of kLanes let kernels work on the operands in place.
     int64_t whole = kLanes;
