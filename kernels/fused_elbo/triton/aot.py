@@ -1,0 +1,248 @@
+"""Ahead-of-time compilation: every kernel variant for any target, without a device.
+
+    for variant in compile_variants("sm_90"):
+        variant.name, variant.compiled.asm["ptx"], variant.compiled.asm["cubin"]
+
+A variant is what a real call would compile: the launchers run on meta tensors and their launches are compiled instead of
+executed. Not in a process that interprets (``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..schemas import BATCHMEAN, NONE, OFF, SAMPLE, halves, nats_like
+from . import geometry, latent_operations, likelihood_operations
+from .launch import OPTIONS, Launch, recording
+
+#: What the tests compile for: Ampere, Hopper, Blackwell (data center and desktop), MI300.
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+_POINTEES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
+
+
+class Variant(NamedTuple):
+    """A compiled kernel: ``name`` says what it does, ``elements`` how many a program handles per trip of its loop."""
+
+    name: str
+    kernel: str
+    target: str
+    elements: int
+    threads: int
+    dtype: torch.dtype
+    aligned: bool
+    compiled: Any
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """``sm_90``, ``gfx942`` and so on."""
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name[3:]), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compiles a recorded launch: the same specialization that running it would ask for."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    parameters = inspect.signature(launch.kernel.fn).parameters
+    for place, (name, parameter) in enumerate(parameters.items()):
+        value = launch.args[name]
+        if parameter.annotation is tl.constexpr:
+            signature[name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, geometry.Layout):
+            types = []
+            for i, part in enumerate(value):
+                constant = not isinstance(part, int) or part == 1
+                types.append("constexpr" if constant else _integer(part))
+                if constant:
+                    constants[(place, i)] = part.value if isinstance(part, tl.constexpr) else part
+            signature[name] = geometry.Layout(*types)  # type: ignore[arg-type]
+        elif value is None:
+            signature[name], constants[(place,)] = "constexpr", None
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{_POINTEES[value.dtype]}"
+        else:
+            signature[name] = {tl.int32: "i32", tl.int64: "i64"}[parameter.annotation]
+    options = dict(OPTIONS)
+    return triton.compile(ASTSource(launch.kernel, signature, constants, {}), target=target, options=options)
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """The launches of representative calls, named: every kernel with every policy that changes its code."""
+    seen = set()
+    for name, call in _calls(dtype):
+        with recording() as recorded:
+            call()
+        for launch in recorded:
+            key = _key(launch)
+            if key not in seen:
+                seen.add(key)
+                yield name, launch
+
+
+def compile_variants(
+    target: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+) -> Iterator[Variant]:
+    """Compiles every variant for a target such as ``sm_90`` or ``gfx942``."""
+    for dtype in dtypes:
+        for name, launch in launches(dtype):
+            yield compile_variant(name, launch, dtype, target)
+
+
+def compile_variant(name: str, launch: Launch, dtype: torch.dtype, target: str) -> Variant:
+    args = launch.args
+    if "RECON_WIDTH" in args:
+        elements, aligned = args["RECON_ROWS"] * args["RECON_WIDTH"], args["RECON_ALIGNED"] and args["LATENT_ALIGNED"]
+    else:
+        elements, aligned = args.get("ROWS", 1) * args.get("WIDTH", 1), args.get("ALIGNED", False)
+    gpu = gpu_target(target)
+    return Variant(
+        name=name,
+        kernel=launch.kernel.fn.__name__,
+        target=target,
+        elements=elements,
+        threads=OPTIONS["num_warps"] * gpu.warp_size,
+        dtype=dtype,
+        aligned=aligned,
+        compiled=compile_launch(launch, gpu),
+    )
+
+
+def _key(launch: Launch) -> tuple[Any, ...]:
+    """What a launch is compiled for: policies, which tensors there are and of which dtype, kinds of layouts."""
+    parts: list[Any] = [launch.kernel.fn.__name__]
+    for name, value in launch.args.items():
+        if isinstance(value, geometry.Layout):
+            parts.append((name, value.kind.value))
+        elif name.isupper() or value is None:
+            parts.append((name, str(value)))
+        elif isinstance(value, Tensor):
+            parts.append((name, value.dtype))
+    return tuple(parts)
+
+
+def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    wide = meta(64, 65536)
+    image = meta(16, 3, 256, 256)
+    yield from _latent_calls("sample and KL", wide, wide)
+    yield from _likelihood_calls("likelihood, unit variance", image, None)
+    yield from _likelihood_calls("likelihood, variance per element", image, image)
+    yield from _elbo_calls("elbo, unit variance", image, None)
+    if dtype not in (torch.float32, torch.bfloat16):
+        return
+    moments, last = meta(16, 8, 64, 64), torch.channels_last
+    clamp = {"clamp": (-30.0, 20.0)}
+    yield from _latent_calls("sample and KL, prior", wide, wide, prior=True)
+    yield from _latent_calls("moments", moments, None, chunk=1, **clamp)
+    yield from _latent_calls("moments, channels last", moments.to(memory_format=last), None, chunk=1, **clamp)
+    yield from _latent_calls("moments, last dimension", meta(16, 256, 128), None, chunk=2, **clamp)
+    yield from _latent_calls("sample and KL, small rows", meta(1024, 128), meta(1024, 128))
+    yield from _latent_calls("sample and KL, ragged rows", meta(64, 4999), meta(64, 4999))
+    yield from _latent_calls("sample and KL, misaligned", meta(64, 65540)[:, 1:-3], meta(64, 65540)[:, 1:-3])
+    yield from _latent_calls("samples and KL", wide, wide, samples=8)
+    yield from _latent_calls("sample", wide, wide, reduction=OFF)
+    yield from _latent_calls("KL", wide, wide, sample=False)
+    yield from _latent_calls("KL, batch mean", wide, wide, sample=False, reduction=BATCHMEAN)
+    yield from _latent_calls("KL per element", wide, wide, sample=False, reduction=NONE)
+    yield from _likelihood_calls("likelihood, one learned variance", image, meta())
+    yield from _likelihood_calls("likelihood, variance per channel", image, meta(3, 1, 1))
+    yield from _likelihood_calls("likelihood, variance per pixel", image, meta(256, 256))
+    yield from _likelihood_calls("likelihood, unit variance, small rows", meta(1024, 784), None)
+    yield from _likelihood_calls("likelihood per element", image, None, reduction=NONE)
+    yield from _likelihood_calls("likelihood, batch mean", image, None, reduction=BATCHMEAN)
+    yield from _likelihood_calls("likelihood, samples", image[None].expand(4, *image.shape), None, batch_dims=2)
+    yield from _elbo_calls("elbo, variance per element", image, image)
+    yield from _elbo_calls("elbo, one learned variance", image, meta())
+    yield "seeds", lambda: latent_operations.fold_seed(_SEED, 1)
+    yield "noise words", lambda: latent_operations.noise_words(_SEED, 0, 0, 0, 0, 1000, _META)
+
+
+_META = torch.device("meta")
+_SEED = torch.empty((), dtype=torch.int64, device=_META)
+_Calls = Iterator[tuple[str, Callable[[], Any]]]
+
+
+def _latent_calls(
+    label: str,
+    mean: Tensor,
+    logvar: Tensor | None,
+    *,
+    prior: bool = False,
+    samples: int = 0,
+    chunk: int = -1,
+    clamp: tuple[float, float] = (-math.inf, math.inf),
+    sample: bool = True,
+    reduction: int = SAMPLE,
+) -> _Calls:
+    prior_mean = mean if prior else None
+    part, _ = halves(mean, logvar, chunk)
+    like_z = torch.empty((samples, *part.shape), dtype=mean.dtype, device=_META) if samples else torch.empty_like(part)
+    grad_z = like_z if sample else None
+    grad_kl = None if reduction == OFF else torch.empty_like(nats_like(part, 1, reduction))
+    yield (
+        f"{label}, forward",
+        lambda: latent_operations.latent_forward(
+            mean, logvar, prior_mean, prior_mean, _SEED, 0, 0, 0, samples, chunk, *clamp, sample, reduction
+        ),
+    )
+    yield (
+        f"{label}, backward",
+        lambda: latent_operations.latent_backward(
+            mean, logvar, prior_mean, prior_mean, grad_z, grad_kl, _SEED, 0, 0, 0, samples, chunk, *clamp, reduction,
+            prior,
+        ),
+    )  # fmt: skip
+
+
+def _likelihood_calls(
+    label: str, x: Tensor, logvar: Tensor | None, *, reduction: int = SAMPLE, batch_dims: int = 1
+) -> _Calls:
+    mean = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad = nats_like(mean, batch_dims, reduction)
+    yield (
+        f"{label}, forward",
+        lambda: likelihood_operations.likelihood_forward(x, mean, logvar, 0.0, batch_dims, reduction),
+    )
+    yield (
+        f"{label}, backward",
+        lambda: likelihood_operations.likelihood_backward(
+            x, mean, logvar, 0.0, batch_dims, reduction, grad, True, logvar is not None
+        ),
+    )
+
+
+def _elbo_calls(label: str, x: Tensor, logvar: Tensor | None) -> _Calls:
+    latent = torch.empty((x.shape[0], 4, 32, 32), dtype=x.dtype, device=_META)
+    forward = likelihood_operations.elbo_forward
+    for want_grads in (False, True):
+        yield (
+            f"{label}{', with gradients' if want_grads else ''}",
+            functools.partial(
+                forward, x, x, logvar, 0.0, latent, latent, None, None, 1.0, BATCHMEAN, want_grads
+            ),
+        )

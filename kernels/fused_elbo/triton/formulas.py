@@ -1,0 +1,114 @@
+"""exp, expm1 and phi from one range reduction, and the Gaussian formulas made of them.
+
+Everything is `tl.fma`, bit casts and comparisons: no libdevice, no inline assembly, hence the same code for NVIDIA, AMD
+and the interpreter. The dtype of the argument picks the coefficients: float32 (minimax) or float64 (Taylor).
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+# ln 2 in two parts: |n| times the high part is exact, so the reduction does not lean on a fused multiply-add.
+_LN2_HIGH_32 = tl.constexpr(0.693145751953125)
+_LN2_LOW_32 = tl.constexpr(1.42860677e-6)
+_LN2_HIGH_64 = tl.constexpr(0.69314718036912381649)
+_LN2_LOW_64 = tl.constexpr(1.90821492927058770002e-10)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+# Adding 1.5 * 2**23 (1.5 * 2**52) rounds to an integer; the exponent bias on top makes the low bits those of 2**n.
+_ROUND_BIASED_32 = tl.constexpr(12582912.0 + 127.0)
+_ROUND_BIASED_64 = tl.constexpr(6755399441055744.0 + 1023.0)
+
+# (e**r - 1 - r) / r**2, highest degree first; |r| <= ln(2) / 2.
+_EXP_32 = tl.constexpr((0.000198578025, 0.00139336067, 0.00833336078, 0.0416664667, 0.166666672, 0.5))
+_EXP_64 = tl.constexpr(tuple(1.0 / math.factorial(n) for n in range(15, 1, -1)))
+
+LOG_2PI = tl.constexpr(1.8378770664093453)
+
+# The largest |logvar / 2| for which `exponentials` needs no care at the ends of the range: 2**n stays normal.
+BOUNDED_HALF_LOGVAR = 86.0
+
+
+@triton.constexpr_function
+def _count(coefficients):
+    return len(coefficients)
+
+
+@triton.jit
+def polynomial(x, coefficients: tl.constexpr):
+    """Horner's scheme, highest degree first. The coefficients keep the precision of x."""
+    p = tl.full([], coefficients[0], x.dtype)
+    for i in tl.static_range(1, _count(coefficients)):
+        p = tl.fma(p, x, tl.full([], coefficients[i], x.dtype))
+    return p
+
+
+@triton.jit
+def exponentials(h, BOUNDED: tl.constexpr):
+    """e**h, e**h - 1 and phi(2 h) = e**(2 h) - 1 - 2 h, the latter without cancellation and never negative.
+
+    BOUNDED promises |h| <= BOUNDED_HALF_LOGVAR. Otherwise e**h runs to 0 and infinity, phi to -1 - 2 h and infinity.
+    The order of operations keeps phi within 4 ulp in float32: with P = 2**n, r = h - n ln 2 and p = e**r - 1 - r,
+    phi = (P (r + p) + (P - 1))**2 + 2 (P p + ((P - 1) r + (P - 1 - n ln 2))).
+    """
+    if h.dtype == tl.float64:
+        biased = tl.fma(h, tl.full([], _LOG2_E, tl.float64), tl.full([], _ROUND_BIASED_64, tl.float64))
+        if not BOUNDED:
+            biased = tl.minimum(tl.maximum(biased, _ROUND_BIASED_64 - 1023.0), _ROUND_BIASED_64 + 1023.0)
+        n = biased - _ROUND_BIASED_64
+        power = (biased.to(tl.int64, bitcast=True) << 52).to(tl.float64, bitcast=True)
+        r = tl.fma(n, tl.full([], -_LN2_HIGH_64, tl.float64), h)
+        r = tl.fma(n, tl.full([], -_LN2_LOW_64, tl.float64), r)
+    else:
+        biased = tl.fma(h, _LOG2_E, _ROUND_BIASED_32)
+        if not BOUNDED:
+            biased = tl.minimum(tl.maximum(biased, _ROUND_BIASED_32 - 127.0), _ROUND_BIASED_32 + 127.0)
+        n = biased - _ROUND_BIASED_32
+        power = (biased.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+        r = tl.fma(n, -_LN2_HIGH_32, h)
+        r = tl.fma(n, -_LN2_LOW_32, r)
+    # Below the range 2**n is 0 and r goes to minus infinity: what is multiplied by 0 must stay finite.
+    q = r
+    if not BOUNDED:
+        q = tl.maximum(r, -1.0, propagate_nan=tl.PropagateNan.ALL)
+    if h.dtype == tl.float64:
+        p = (q * q) * polynomial(q, _EXP_64)
+    else:
+        p = (q * q) * polynomial(q, _EXP_32)
+    less_one = power - 1.0
+    q = q + p
+    e = tl.fma(power, q, power)
+    w = tl.fma(power, q, less_one)
+    half_phi = tl.fma(n, tl.full([], -_LN2, h.dtype), less_one)
+    half_phi = tl.fma(less_one, r, half_phi)
+    half_phi = tl.fma(power, p, half_phi)
+    return e, w, tl.fma(w, w, 2.0 * half_phi)
+
+
+@triton.jit
+def exponential(h):
+    """e**h."""
+    e, _, _ = exponentials(h, False)
+    return e
+
+
+@triton.jit
+def clamp(logvar, lowest, highest):
+    """As torch.clamp: not-a-number passes through."""
+    at_least = tl.maximum(logvar, lowest, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(at_least, highest, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def expm1_of_double(w):
+    """e**(2 h) - 1 from w = e**h - 1."""
+    return tl.fma(w, w, 2.0 * w)
+
+
+@triton.jit
+def from_bits(bits, dtype: tl.constexpr):
+    """A host double that came as the int64 with its bits: Triton passes Python floats in float32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)

@@ -1,0 +1,31 @@
+"""Registers the operations in the namespace ``fused_elbo_triton``; `fused_elbo.ops` adds shapes and autograd."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..schemas import SCHEMAS
+from . import interpreting
+
+NAMESPACE = "fused_elbo_triton"
+_library: torch.library.Library | None = None  # collected, it would take the operations with it
+
+
+@functools.cache
+def register() -> None:
+    """Defines every raw operation for CUDA and ROCm tensors, and for CPU tensors under the interpreter. Imports Triton."""
+    global _library
+    from . import latent_operations, likelihood_operations
+
+    _library = torch.library.Library(NAMESPACE, "DEF")
+    keys = ("CUDA", "CPU") if interpreting() else ("CUDA",)
+    for name, schema in SCHEMAS.items():
+        module = latent_operations if hasattr(latent_operations, name) else likelihood_operations
+        _library.define(name + schema)
+        if name == "noise_words":  # without a seed tensor, only the device argument says where to run
+            _library.impl(name, module.noise_words, "CompositeExplicitAutograd")
+            continue
+        for key in keys:
+            _library.impl(name, getattr(module, name), key)
