@@ -12,7 +12,7 @@ import triton.language as tl
 from .formulas import exponentials, expm1_of_double, from_bits
 from .likelihood import likelihood_tiles
 from .reduction import add_up
-from .tiles import SAMPLE, first_row, load, store
+from .tiles import SAMPLE, add_columns, first_row, load, store
 
 _NOT_SPECIALIZED = [
     "x_ptr", "recon_ptr", "recon_logvar_ptr", "ll_ptr", "grad_recon_ptr", "grad_recon_logvar_ptr",
@@ -69,7 +69,7 @@ def standard_normal_tiles(
             to_logvar = (0.5 * weight) * expm1_of_double(less_one)
             store(grad_mean_ptr, grad_mean, row * grad_mean.row, begin, m, mask, inner, weight * mean_tile, ALIGNED)
             store(grad_logvar_ptr, grad_logvar, row * grad_logvar.row, begin, m, mask, inner, to_logvar, ALIGNED)
-    tl.store(kl_ptr + (row * splits + split), 0.5 * tl.sum(total, axis=1, keep_dims=True), mask=valid)
+    tl.store(kl_ptr + (row * splits + split), 0.5 * add_columns(total, ROWS, WIDTH, LANES), mask=valid)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)

@@ -226,7 +226,7 @@ def _arrange_in_place(
         row = t.stride(0) if batch == 1 and samples > 1 else t.stride(1)
         layouts[name] = layout = layout._replace(row=row, channel=channel[0] if channel else 0)
         sample_strides[name] = t.stride(0) if t.shape[0] > 1 else 0
-        steps = [sample_strides[name], row if samples * batch > 1 else 0, layout.channel, layout.outer]
+        steps = [sample_strides[name], row, layout.channel, layout.outer]
         aligned = aligned and _is_aligned(t, layout.kind, steps, flat.inner % group == 0)
     return Arrangement(
         tensors=tensors,

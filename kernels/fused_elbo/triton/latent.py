@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .formulas import clamp, exponential, exponentials, expm1_of_double, from_bits
 from .noise import load_key, normals
-from .tiles import CONSTANT, NONE, OFF, SAMPLE, TOTAL, first_row, load, store
+from .tiles import CONSTANT, NONE, OFF, SAMPLE, TOTAL, add_columns, first_row, load, store
 
 # Which variant runs is decided by the launcher alone: not by the alignment or the value of any argument.
 _NOT_SPECIALIZED = [
@@ -168,10 +168,10 @@ def latent_forward_kernel(
                 store(z_ptr, z, row * z.row, begin, m, mask, inner, tl.fma(std, eps, mean_tile), ALIGNED)
 
     if REDUCTION == SAMPLE:
-        per_row = tl.sum(total, axis=1, keep_dims=True) * scale
+        per_row = add_columns(total, ROWS, WIDTH, LANES) * scale
         tl.store(kl_ptr + (row * splits + program % splits), per_row, mask=row < rows)
     elif REDUCTION == TOTAL:
-        tl.store(kl_ptr + program, tl.sum(tl.sum(total, axis=1), axis=0) * scale)
+        tl.store(kl_ptr + program, tl.sum(tl.sum(add_columns(total, ROWS, WIDTH, LANES), axis=1), axis=0) * scale)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)

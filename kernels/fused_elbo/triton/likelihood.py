@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import geometry
 from .formulas import LOG_2PI, exponential, from_bits
-from .tiles import CONSTANT, NONE, SAMPLE, TOTAL, first_row, load, store
+from .tiles import CONSTANT, NONE, SAMPLE, TOTAL, add_columns, first_row, load, store
 
 # What becomes of the gradient of logvar.
 NOT_WANTED = tl.constexpr(geometry.NOT_WANTED)
@@ -157,7 +157,7 @@ def likelihood_tiles(
 
     if REDUCTION == SAMPLE or REDUCTION == TOTAL:
         # Masked elements were loaded as 0 and added nothing; the constants count those that exist.
-        sums = tl.sum(total, axis=1, keep_dims=True)
+        sums = add_columns(total, ROWS, WIDTH, LANES)
         if ROW_VARIANCE:
             sums = tl.where(valid, tl.fma(sums, inverse, count.to(DTYPE) * (log_variance + LOG_2PI)), 0.0)
         else:
@@ -168,7 +168,8 @@ def likelihood_tiles(
         else:
             tl.store(ll_ptr + program, tl.sum(tl.sum(sums, axis=1), axis=0))
     if LOGVAR_GRADIENT == PER_ROW:
-        tl.store(grad_logvar_ptr + (row * splits + split), tl.sum(total_to_logvar, axis=1, keep_dims=True), mask=valid)
+        sums = add_columns(total_to_logvar, ROWS, WIDTH, LANES)
+        tl.store(grad_logvar_ptr + (row * splits + split), sums, mask=valid)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)

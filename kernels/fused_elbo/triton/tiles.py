@@ -73,3 +73,19 @@ def store(ptr, layout, row_offset, begin, m, mask, inner, value, ALIGNED: tl.con
     """Rounds to the dtype of the tensor, to nearest even."""
     p = pointers(ptr, layout, row_offset, begin, m, inner, ALIGNED)
     tl.store(p, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_columns(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """The sums [ROWS, 1] of a [ROWS, WIDTH] tile, in one order for every variant.
+
+    The order of `tl.sum` follows the tile's layout, which follows the width of the loads. Adding the lanes of every group
+    first leaves one number per thread and group in either case, and so the same bits for aligned and misaligned tensors.
+    """
+    COUNT: tl.constexpr = WIDTH // LANES
+    if LANES == 8:
+        even, odd = tl.split(tl.reshape(tile, [ROWS, COUNT * 4, 2]))
+        tile = even + odd
+    even, odd = tl.split(tl.reshape(tile, [ROWS, COUNT * 2, 2]))
+    even, odd = tl.split(tl.reshape(even + odd, [ROWS, COUNT, 2]))
+    return tl.sum(even + odd, axis=1, keep_dims=True)
