@@ -56,7 +56,7 @@ def _cuda_reason() -> str | None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    driver = torch._C._cuda_getDriverVersion()
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     if driver < 13000:
         version = f"{driver // 1000}.{driver % 1000 // 10}"
         return f"the NVIDIA driver supports CUDA {version}; 13.0 (driver 580) is needed"

@@ -68,15 +68,13 @@ class LatentParams(NamedTuple):
 def latent_backward_raw(
     kernels: Kernels,
     params: LatentParams,
-    mean: Tensor,
-    logvar: Tensor | None,
-    prior_mean: Tensor | None,
-    prior_logvar: Tensor | None,
-    seed: Tensor | None,
+    inputs: tuple[Any, ...],
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     want_prior: bool,
 ) -> tuple[Tensor, ...]:
+    """The gradients of a call; ``inputs`` are the tensors that its forward pass was given."""
+    mean, logvar, prior_mean, prior_logvar, seed = inputs
     *noise_and_clamp, want_z, reduction = params
     return kernels.latent_backward(
         mean,
@@ -119,15 +117,12 @@ def latent_plain(
 def latent_backward_plain(
     kernels: Kernels | None,
     params: LatentParams,
-    mean: Tensor,
-    logvar: Tensor | None,
-    prior_mean: Tensor | None,
-    prior_logvar: Tensor | None,
-    seed: Tensor | None,
+    inputs: tuple[Any, ...],
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """What `latent_backward` computes, in differentiable PyTorch."""
+    mean, logvar, prior_mean, prior_logvar, seed = inputs
     half, log_variance = halves(mean, logvar, params.chunk_dim)
     grad_mean, grad_logvar, *grad_priors = reference.sample_and_kl_backward(
         half,

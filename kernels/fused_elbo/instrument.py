@@ -146,7 +146,7 @@ def _latent_backward(
         (*noise_and_clamp, grad_z is not None, OFF if grad_kl is None else reduction)
     )
     return calls.latent_backward_plain(
-        None, latent_params, mean, logvar, prior_mean, prior_logvar, seed, grad_z, grad_kl
+        None, latent_params, (mean, logvar, prior_mean, prior_logvar, seed), grad_z, grad_kl
     )
 
 

@@ -82,9 +82,8 @@ def latent(
         traced = getattr(torch.ops, kernels.namespace).latent.default
         return traced(mean, logvar, prior_mean, prior_logvar, seed, *params)  # type: ignore[no-any-return]
     if _functorch_active():
-        return LatentTransform.apply(
-            Call(kernels, params), mean, logvar, prior_mean, prior_logvar, seed
-        )  # type: ignore[no-any-return]
+        call = Call(kernels, params)
+        return LatentTransform.apply(call, mean, logvar, prior_mean, prior_logvar, seed)  # type: ignore[no-any-return]
     if forward_ad._current_level >= 0:
         return latent_plain(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)
     if torch.is_grad_enabled() and (
@@ -96,13 +95,13 @@ def latent(
             and (prior_mean.requires_grad or prior_logvar.requires_grad)
         )
     ):
-        return _Latent.apply(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)  # type: ignore[no-any-return]
+        return _Latent.apply(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)  # type: ignore[no-any-return, no-untyped-call]
     return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, *params)
 
 
 class _Latent(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         kernels: Kernels,
         params: LatentParams,
@@ -118,13 +117,13 @@ class _Latent(Function):
         return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, *params)
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            grads = latent_backward_plain(ctx.kernels, ctx.params, *inputs, grad_z, grad_kl)
+            grads = latent_backward_plain(ctx.kernels, ctx.params, inputs, grad_z, grad_kl)
         else:
             grads = latent_backward_raw(
-                ctx.kernels, ctx.params, *inputs, grad_z, grad_kl, any(ctx.needs_input_grad[4:6])
+                ctx.kernels, ctx.params, inputs, grad_z, grad_kl, any(ctx.needs_input_grad[4:6])
             )
         return None, None, *(present(grads, ctx.needs_input_grad[2:6])), None
 
@@ -149,13 +148,13 @@ def likelihood(
     if torch.is_grad_enabled() and (
         mean.requires_grad or x.requires_grad or (logvar is not None and logvar.requires_grad)
     ):
-        return _Likelihood.apply(kernels, params, x, mean, logvar)  # type: ignore[no-any-return]
+        return _Likelihood.apply(kernels, params, x, mean, logvar)  # type: ignore[no-any-return, no-untyped-call]
     return kernels.likelihood_forward(x, mean, logvar, *params)
 
 
 class _Likelihood(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         kernels: Kernels,
         params: LikelihoodParams,
@@ -168,7 +167,7 @@ class _Likelihood(Function):
         return kernels.likelihood_forward(x, mean, logvar, *params)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, mean, logvar = ctx.saved_tensors
         need_x, need_mean, need_logvar = ctx.needs_input_grad[2:5]
         if torch.is_grad_enabled():  # create_graph=True
@@ -201,7 +200,7 @@ def elbo(
         loss, ll, kl, *_ = traced(*elbo_arguments(inputs, params), want_grads)
         return loss, ll.detach(), kl.detach()
     if want_grads:
-        return _ELBO.apply(kernels, params, *inputs)  # type: ignore[no-any-return]
+        return _ELBO.apply(kernels, params, *inputs)  # type: ignore[no-any-return, no-untyped-call]
     loss, ll, kl, *_ = kernels.elbo_forward(*elbo_arguments(inputs, params), False)
     return loss, ll, kl
 
@@ -223,7 +222,7 @@ def _elbo_from_parts(
 
 class _ELBO(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, kernels: Kernels, params: ELBOParams, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = ELBOInputs(*inputs)  # type: ignore[arg-type]
@@ -234,7 +233,7 @@ class _ELBO(Function):
         return loss, ll, kl
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         inputs = ELBOInputs(*ctx.saved_tensors[:7])
         if torch.is_grad_enabled():  # create_graph=True
             grads = elbo_backward_plain(inputs, ctx.params, grad_loss)

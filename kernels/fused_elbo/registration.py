@@ -58,7 +58,7 @@ def _compiled_latent_backward(
 ) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad
     grads = latent_backward_raw(
-        kernels(namespace), ctx.params, *ctx.saved_tensors, grad_z, grad_kl, needed[2] or needed[3]
+        kernels(namespace), ctx.params, ctx.saved_tensors, grad_z, grad_kl, needed[2] or needed[3]
     )
     return *present(grads, needed[:4]), *(None,) * (1 + len(ctx.params))
 

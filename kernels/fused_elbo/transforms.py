@@ -80,7 +80,7 @@ class _Transform(Function):
     @classmethod
     def _pull_back(cls, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         formula, tensors, places = cls._derive(ctx)
-        output, pull = torch.func.vjp(formula, *tensors)
+        output, pull = torch.func.vjp(formula, *tensors)  # type: ignore[misc]
         gradients = dict(zip(places, pull(grads[0] if isinstance(output, Tensor) else grads)))
         return None, *(gradients.get(i) for i in range(len(ctx.saved_tensors)))
 
@@ -132,9 +132,11 @@ LatentTransform = _transform(
 _LatentBackwardTransform = _transform(
     "_LatentBackwardTransform",
     lambda kernels, params, *tensors: latent_backward_raw(
-        kernels, params, *tensors, tensors[2] is not None
+        kernels, params, tensors[:5], tensors[5], tensors[6], tensors[2] is not None
     ),
-    latent_backward_plain,
+    lambda kernels, params, *tensors: latent_backward_plain(
+        kernels, params, tensors[:5], tensors[5], tensors[6]
+    ),
 )
 LikelihoodTransform = _transform(
     "LikelihoodTransform",
