@@ -69,7 +69,8 @@ def _observed(name: str, namespace: str, operation: Callable[..., Any]) -> Calla
             capture.record(name, backend, args)
         if not tracing.is_enabled():
             return operation(*args)
-        samples = args[8 if name == "latent_forward" else 10] if name.startswith("latent") else 0
+        place = {"latent_forward": 8, "latent_backward": 10}.get(name, len(args))
+        samples = args[place] if place < len(args) else 0
         with tracing.Range(_message(name, backend, first, samples), first.numel()):
             return operation(*args)
 
@@ -141,10 +142,12 @@ def _latent_backward(
     seed: Tensor | None,
     *params: Any,
 ) -> tuple[Tensor, ...]:
-    *noise_and_clamp, reduction, _ = params
-    latent_params = LatentParams._make(
-        (*noise_and_clamp, grad_z is not None, OFF if grad_kl is None else reduction)
-    )
+    # Up to the clamp both directions have the same parameters; what follows differs.
+    latent_params = LatentParams(*params[:7])._replace(want_z=grad_z is not None)
+    if grad_kl is None:
+        latent_params = latent_params._replace(reduction=OFF)
+    elif len(params) > 7:
+        latent_params = latent_params._replace(reduction=params[7])
     return calls.latent_backward_plain(
         None, latent_params, (mean, logvar, prior_mean, prior_logvar, seed), grad_z, grad_kl
     )

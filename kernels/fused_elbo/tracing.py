@@ -1,9 +1,9 @@
 """Named ranges around every operation, for Nsight Systems, Nsight Compute and torch.profiler.
 
 On with the environment variable ``FUSED_ELBO_NVTX=1`` (read at import) or `enable`. Each raw
-operation then runs inside one range, named ``latent_forward cpu float32 [64, 128]`` (operation,
-backend, dtype, shape; the payload is the number of elements), in the NVTX domain ``fused_elbo`` and,
-while torch.profiler records, as a ``record_function``.
+operation then runs in one range, ``latent_forward cpu float32 [64, 128]`` (operation, backend,
+dtype, shape; the payload is the number of elements), in the NVTX domain ``fused_elbo`` and, while
+torch.profiler records, as a ``record_function``.
 
 Off, nothing is imported and nothing is spent: `backends.select` hands out the kernels themselves.
 """
@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -79,21 +79,14 @@ def range(name: str) -> AbstractContextManager[object]:
     Recorded while tracing is on or torch.profiler records; otherwise, and inside torch.compile, it
     does nothing.
     """
-    if not (_enabled or _profiler_enabled()) or torch.compiler.is_compiling():
-        return _NOTHING
-    return Range(name)
+    if _is_dynamo_compiling():
+        return nullcontext()  # the one context manager without effect that Dynamo knows
+    return Range(name) if _enabled or _profiler_enabled() else _NOTHING
 
 
-class _Nothing(AbstractContextManager[None]):
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_NOTHING = _Nothing()
+_NOTHING = nullcontext()
 _profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+_is_dynamo_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 
 
 class Range(AbstractContextManager[None]):
