@@ -54,17 +54,17 @@ void implement(Library& m) {
 }  // namespace fused_elbo
 
 #define FUSED_ELBO_LATENT_INPUTS "Tensor mean, Tensor? logvar, Tensor? prior_mean, Tensor? prior_logvar"
-#define FUSED_ELBO_LATENT_PARAMS                                                                           \
-  "SymInt seed_value, int stream, SymInt row_offset, SymInt num_samples, int chunk_dim, float clamp_min, " \
-  "float clamp_max"
+#define FUSED_ELBO_LATENT_PARAMS                                                                         \
+  "SymInt seed_value=0, int stream=0, SymInt row_offset=0, SymInt num_samples=0, int chunk_dim=-1, "       \
+  "float clamp_min=-1e300, float clamp_max=1e300"
 
 // The same as SCHEMAS in kernels/fused_elbo/schemas.py, which says what the arguments mean.
 STABLE_TORCH_LIBRARY(FUSED_ELBO_NAMESPACE, m) {
   m.def("latent_forward(" FUSED_ELBO_LATENT_INPUTS ", Tensor? seed, " FUSED_ELBO_LATENT_PARAMS
-        ", bool want_z, int reduction) -> (Tensor z, Tensor kl)");
+        ", bool want_z=True, int reduction=1) -> (Tensor z, Tensor kl)");
   m.def("latent_backward(" FUSED_ELBO_LATENT_INPUTS
         ", Tensor? grad_z, Tensor? grad_kl, Tensor? seed, " FUSED_ELBO_LATENT_PARAMS
-        ", int reduction, bool want_prior) -> (Tensor grad_mean, Tensor grad_logvar, Tensor grad_prior_mean, "
+        ", int reduction=1, bool want_prior=False) -> (Tensor grad_mean, Tensor grad_logvar, Tensor grad_prior_mean, "
         "Tensor grad_prior_logvar)");
   m.def(
       "likelihood_forward(Tensor x, Tensor mean, Tensor? logvar, float logvar_value, int batch_dims, int reduction) "

@@ -1,13 +1,15 @@
 // Sampling and KL: from the tensors of a call to LatentArgs.
 #pragma once
 
-#include <limits>
 #include <tuple>
 
 #include "device.h"
 #include "tensors.h"
 
 namespace fused_elbo {
+
+// A bound of the clamp from which on there is none: schemas have no literal for infinity.
+constexpr double kNoClamp = 1e300;
 
 struct LatentCall {
   std::vector<int64_t> full;  // [B, *event]
@@ -47,8 +49,7 @@ struct LatentCall {
     args.key.seed_value = seed_value;
     args.key.stream = static_cast<uint32_t>(stream);
     args.key.row_offset = row_offset;
-    args.clamp =
-        clamp_min != -std::numeric_limits<double>::infinity() || clamp_max != std::numeric_limits<double>::infinity();
+    args.clamp = clamp_min > -kNoClamp || clamp_max < kNoClamp;
     args.clamp_min = clamp_min;
     args.clamp_max = clamp_max;
     args.reduction = reduction;

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .noise import NoiseKey
-from .schemas import OFF, REDUCTIONS, halves
+from .schemas import OFF, REDUCTIONS, SAMPLE, halves
 
 REDUCTION_NAMES = {code: name for name, code in REDUCTIONS.items()}
 
@@ -54,15 +54,34 @@ def present(grads: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor
 class LatentParams(NamedTuple):
     """The arguments of `latent_forward` that are not tensors, in its order."""
 
-    seed_value: int
-    stream: int
-    row_offset: int
-    num_samples: int
-    chunk_dim: int
-    clamp_min: float
-    clamp_max: float
-    want_z: bool
-    reduction: int
+    seed_value: int = 0
+    stream: int = 0
+    row_offset: int = 0
+    num_samples: int = 0
+    chunk_dim: int = -1
+    clamp_min: float = -math.inf
+    clamp_max: float = math.inf
+    want_z: bool = True
+    reduction: int = SAMPLE
+
+
+# The parameters after seed_value of the commonest call, which the schemas have as defaults.
+_COMMON = LatentParams()[1:]
+
+
+def latent_forward_raw(
+    kernels: Kernels,
+    params: LatentParams,
+    mean: Tensor,
+    logvar: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """z and KL from the kernels, without gradients."""
+    if params[1:] == _COMMON:
+        return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, params[0])
+    return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, *params)
 
 
 def latent_backward_raw(
@@ -75,6 +94,10 @@ def latent_backward_raw(
 ) -> tuple[Tensor, ...]:
     """The gradients of a call; ``inputs`` are the tensors that its forward pass was given."""
     mean, logvar, prior_mean, prior_logvar, seed = inputs
+    if params[1:] == _COMMON and not want_prior:
+        return kernels.latent_backward(
+            mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, params[0]
+        )
     *noise_and_clamp, want_z, reduction = params
     return kernels.latent_backward(
         mean,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _checks, backends, ops
 from .noise import NoiseKey, _signed64
-from .schemas import OFF
+from .schemas import OFF, SAMPLE
 
 __all__ = [
     "ELBOOutput",
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _INFINITY = math.inf
+_COMMON_PARAMS = ops.LatentParams()
 
 
 class ELBOOutput(NamedTuple):
@@ -349,6 +350,10 @@ def _latent(
         dtype = torch.promote_types(mean.dtype, logvar.dtype)
         mean, logvar = mean.to(dtype), logvar.to(dtype)
     kernels = backends.select(mean.device.type, backend)
+    if num_samples is None and key is None and want_z and reduction == SAMPLE:
+        # The commonest call; a NamedTuple of nine costs as much as a check.
+        seed, _, _, _ = resolve_noise(name, key, generator, mean.device)
+        return ops.latent(kernels, mean, logvar, prior_mean, prior_logvar, seed, _COMMON_PARAMS)
     samples = _checks.num_samples(name, num_samples)
     if want_z:
         seed, seed_value, stream, row_offset = resolve_noise(name, key, generator, mean.device)

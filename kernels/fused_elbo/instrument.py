@@ -18,7 +18,7 @@ from torch import Tensor
 from . import calls, capture, ops, reference, tracing
 from .calls import ELBOInputs, ELBOParams, Kernels, LatentParams, LikelihoodParams
 from .noise import NoiseKey
-from .schemas import OFF, SCHEMAS
+from .schemas import OFF, SAMPLE, SCHEMAS
 
 _RANGED = (
     "latent_forward",
@@ -27,6 +27,11 @@ _RANGED = (
     "likelihood_backward",
     "elbo_forward",
 )
+# operation -> where its arguments with defaults begin, and what they are.
+_DEFAULTS: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "latent_forward": (5, tuple(LatentParams())),
+    "latent_backward": (7, (*LatentParams()[:-2], SAMPLE, False)),
+}
 # Kept: a library undefines its operations when it is collected.
 _libraries: list[torch.library.Library] = []
 
@@ -62,7 +67,11 @@ def instrument(kernels: Kernels | None) -> Kernels:
 
 
 def _observed(name: str, namespace: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+    start, defaults = _DEFAULTS.get(name, (0, ()))
+
     def observed(*args: Any) -> Any:
+        if defaults:
+            args = (*args, *defaults[len(args) - start :])
         first: Tensor = args[0]
         backend = _backend(namespace, first)
         if capture.is_enabled():

@@ -37,6 +37,7 @@ from .calls import (
     elbo_backward_scaled,
     latent_backward_plain,
     latent_backward_raw,
+    latent_forward_raw,
     latent_plain,
     likelihood_backward_plain,
     likelihood_plain,
@@ -96,7 +97,7 @@ def latent(
         )
     ):
         return _Latent.apply(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)  # type: ignore[no-any-return, no-untyped-call]
-    return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, *params)
+    return latent_forward_raw(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)
 
 
 class _Latent(Function):
@@ -114,7 +115,7 @@ class _Latent(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, logvar, prior_mean, prior_logvar, seed)
         ctx.kernels, ctx.params = kernels, params
-        return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, *params)
+        return latent_forward_raw(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference import accumulate_dtype
-from ..schemas import BATCHMEAN, FAKES, NONE, OFF, halves, nats_like
+from ..schemas import BATCHMEAN, FAKES, NO_CLAMP, NONE, OFF, SAMPLE, halves, nats_like
 from .formulas import BOUNDED_HALF_LOGVAR
 from .geometry import Arrangement, Division, arrange, divide, lanes
 from .latent import latent_backward_kernel, latent_forward_kernel
@@ -22,15 +22,15 @@ def latent_forward(
     prior_mean: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor | None,
-    seed_value: int,
-    stream: int,
-    row_offset: int,
-    num_samples: int,
-    chunk_dim: int,
-    clamp_min: float,
-    clamp_max: float,
-    want_z: bool,
-    reduction: int,
+    seed_value: int = 0,
+    stream: int = 0,
+    row_offset: int = 0,
+    num_samples: int = 0,
+    chunk_dim: int = -1,
+    clamp_min: float = -NO_CLAMP,
+    clamp_max: float = NO_CLAMP,
+    want_z: bool = True,
+    reduction: int = SAMPLE,
 ) -> tuple[Tensor, Tensor]:
     mean, logvar = halves(mean, logvar, chunk_dim)
     if not want_z:
@@ -86,15 +86,15 @@ def latent_backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     seed: Tensor | None,
-    seed_value: int,
-    stream: int,
-    row_offset: int,
-    num_samples: int,
-    chunk_dim: int,
-    clamp_min: float,
-    clamp_max: float,
-    reduction: int,
-    want_prior: bool,
+    seed_value: int = 0,
+    stream: int = 0,
+    row_offset: int = 0,
+    num_samples: int = 0,
+    chunk_dim: int = -1,
+    clamp_min: float = -NO_CLAMP,
+    clamp_max: float = NO_CLAMP,
+    reduction: int = SAMPLE,
+    want_prior: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor, Tensor] = FAKES["latent_backward"](
         mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, seed_value, stream, row_offset, num_samples,
@@ -186,7 +186,7 @@ def _numbers(
 
 
 def _clamp(lowest: float, highest: float) -> dict[str, object]:
-    clamp = (lowest, highest) != (-math.inf, math.inf)
+    clamp = lowest > -NO_CLAMP or highest < NO_CLAMP
     return {
         "clamp_min": bits(lowest),
         "clamp_max": bits(highest),
