@@ -12,28 +12,19 @@ struct Prepared {
   Access access;
 };
 
-struct Latent {
-  View mean, logvar, grad_mean, grad_logvar;
-  Plan plan;
-  bool vector = true;
-};
-
-Latent lay_out(const LatentArgs& a) {
-  Latent l;
-  Layout layout(a.shape, a.shape.event, unit_elements(a.dtype), a.mean);
-  l.mean = layout.view(a.mean);
-  l.logvar = layout.view(a.logvar);
-  l.grad_mean = layout.view(a.grad_mean);
-  l.grad_logvar = layout.view(a.grad_logvar);
-  l.plan = layout.plan(false);
-  l.vector = layout.vector();
-  return l;
+void lay_out_latent(ElboParams& p, const LatentArgs& a, DType reconstruction) {
+  Layout layout(a.shape, a.shape.event, unit_elements(reconstruction), a.mean);
+  p.mean = layout.view(a.mean);
+  p.logvar = layout.view(a.logvar);
+  p.grad_mean = layout.view(a.grad_mean);
+  p.grad_logvar = layout.view(a.grad_logvar);
+  p.latent_plan = layout.plan(false);
+  p.latent_vector = layout.vector() && a.dtype == reconstruction;
 }
 
 Prepared prepare(const ElboArgs& a, Pass pass, Workspace& workspace) {
   Prepared r;
   ElboParams& p = r.params;
-  Latent latent;
   const bool own_kl = a.latent.mean.data != nullptr;
   LatentArgs latent_args = a.latent;
   LikelihoodArgs reconstruction_args = a.reconstruction;
@@ -41,16 +32,11 @@ Prepared prepare(const ElboArgs& a, Pass pass, Workspace& workspace) {
     latent_args.grad_mean.data = latent_args.grad_logvar.data = nullptr;
     reconstruction_args.grad_mean.data = reconstruction_args.grad_x.data = reconstruction_args.grad_logvar.data = nullptr;
   }
-  if (own_kl) latent = lay_out(latent_args);
-  PreparedLikelihood reconstruction = prepare_likelihood(reconstruction_args, Pass::kBoth, workspace, latent.vector);
+  if (own_kl) lay_out_latent(p, latent_args, reconstruction_args.dtype);
+  const PreparedLikelihood reconstruction = prepare_likelihood(reconstruction_args, Pass::kBoth, workspace);
   p.reconstruction = reconstruction.params;
   r.access = reconstruction.path.access;
 
-  p.mean = latent.mean;
-  p.logvar = latent.logvar;
-  p.grad_mean = latent.grad_mean;
-  p.grad_logvar = latent.grad_logvar;
-  p.latent_plan = latent.plan;
   p.grad_kl = a.latent.grad_kl.data;
   p.grad_kl_scale = a.latent.grad_kl_scale;
   if (own_kl) p.latent_rows = workspace.row_parts(p.latent_plan);

@@ -9,7 +9,8 @@ namespace cuda {
 struct ElboParams {
   LikelihoodParams reconstruction;
 
-  Plan latent_plan;  // no tiles: the KL is given, or there is none
+  Plan latent_plan;            // no tiles: the KL is given, or there is none
+  bool latent_vector = false;  // 16-byte accesses, in the dtype of the reconstruction
   View mean, logvar, grad_mean, grad_logvar;
   const void* grad_kl = nullptr;  // one number on the device
   double grad_kl_scale = 1;

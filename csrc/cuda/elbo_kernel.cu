@@ -11,7 +11,8 @@ namespace fused_elbo {
 namespace cuda {
 namespace {
 
-// KL(q || N(0, I)) of the thread's share of a latent tile, and its gradients.
+// KL(q || N(0, I)) of the thread's share of a latent tile, and its gradients. Not kVector: any strides, and any dtype beside that of the
+// reconstruction (a half-precision decoder over a float32 posterior).
 template <typename T, bool kVector, typename Acc = typename Traits<T>::Acc>
 __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
   constexpr int kUnit = Traits<T>::kUnit;
@@ -27,8 +28,15 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
   for (uint32_t u = place.begin; u < place.end; u += place.stride) {
     const Unit<kVector, kViews> unit(p.latent_plan, place.first_unit + u, kUnit, views, base);
     Acc mean[kUnit], logvar[kUnit];
-    load_unit<T, kVector>(p.mean, unit.at[kMean], unit.valid, mean);
-    load_unit<T, kVector>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
+    if constexpr (kVector) {
+      load_unit<T, true>(p.mean, unit.at[kMean], unit.valid, mean);
+      load_unit<T, true>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
+    } else {
+      with_type(p.mean.dtype, [&](auto type) {
+        load_unit<decltype(type), false>(p.mean, unit.at[kMean], unit.valid, mean);
+        load_unit<decltype(type), false>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
+      });
+    }
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
       const LogVar<Acc> v = logvar_terms(logvar[j]);
@@ -36,9 +44,15 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
       mean[j] *= grad;
       logvar[j] = Acc(0.5) * grad * v.expm1();
     }
-    if (want_grads) {
-      store_unit<T, kVector>(p.grad_mean, unit.at[kGradMean], unit.valid, mean);
-      store_unit<T, kVector>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, logvar);
+    if (!want_grads) continue;
+    if constexpr (kVector) {
+      store_unit<T, true>(p.grad_mean, unit.at[kGradMean], unit.valid, mean);
+      store_unit<T, true>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, logvar);
+    } else {
+      with_type(p.mean.dtype, [&](auto type) {
+        store_unit<decltype(type), false>(p.grad_mean, unit.at[kGradMean], unit.valid, mean);
+        store_unit<decltype(type), false>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, logvar);
+      });
     }
   }
   return kl.value();
@@ -52,8 +66,14 @@ __global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ 
   const uint32_t tile = is_latent ? blockIdx.x - static_cast<uint32_t>(reconstruction.tiles) : blockIdx.x;
   const Plan& plan = is_latent ? p.latent_plan : reconstruction;
   const Place place = find_place(plan, tile);
-  const Acc value = is_latent ? kl_tile<T, kAccess != Access::kStrided>(p, place)
-                              : likelihood_tile<T, Pass::kBoth, kAccess>(p.reconstruction, place, tile);
+  Acc value;
+  if (!is_latent) {
+    value = likelihood_tile<T, Pass::kBoth, kAccess>(p.reconstruction, place, tile);
+  } else if (kAccess != Access::kStrided && p.latent_vector) {
+    value = kl_tile<T, kAccess != Access::kStrided>(p, place);
+  } else {
+    value = kl_tile<T, false>(p, place);
+  }
 
   const double beta = p.beta != nullptr ? static_cast<double>(*static_cast<const Acc*>(p.beta)) : p.beta_value;
   Acc* log_likelihood = static_cast<Acc*>(p.log_likelihood.data);
@@ -74,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ 
           log_likelihood[row * p.log_likelihood.row] = sum;
           contribution = -static_cast<double>(sum);
           if (p.kl_given.present()) {
-            const Acc given = static_cast<const Acc*>(p.kl_given.data)[row * p.kl_given.row];
+            const Acc given = load_any<Acc>(p.kl_given.data, row * p.kl_given.row, p.kl_given.dtype);
             contribution += beta * static_cast<double>(given);
             if (p.kl.present()) kl[row * p.kl.row] = given;
           }

@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
       }
     }
 
+    Acc prior_mean[kUnit] = {}, prior_logvar[kUnit] = {};  // first the values, then the gradients
     if (p.has_grad_kl) {
       Acc mean[kUnit], grad_kl[kUnit];
       load_unit<T, kVector>(p.mean, unit.at[kMean], unit.valid, mean);
@@ -145,7 +146,6 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) grad_kl[j] *= scale;
       }
-      Acc prior_mean[kUnit], prior_logvar[kUnit];
       if (learned) {
         load_unit<T, kVector>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
         load_unit<T, kVector>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
@@ -167,10 +167,10 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
           grad_logvar[j] = fma(half_grad, logvar_terms(clamped).expm1(), grad_logvar[j]);
         }
       }
-      if (p.grad_prior_mean.present()) store_unit<T, kVector>(p.grad_prior_mean, unit.at[kGradPriorMean], unit.valid, prior_mean);
-      if (p.grad_prior_logvar.present()) store_unit<T, kVector>(p.grad_prior_logvar, unit.at[kGradPriorLogVar], unit.valid, prior_logvar);
     }
 
+    if (p.grad_prior_mean.present()) store_unit<T, kVector>(p.grad_prior_mean, unit.at[kGradPriorMean], unit.valid, prior_mean);
+    if (p.grad_prior_logvar.present()) store_unit<T, kVector>(p.grad_prior_logvar, unit.at[kGradPriorLogVar], unit.valid, prior_logvar);
     if (p.clamp) {
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {

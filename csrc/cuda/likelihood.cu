@@ -33,7 +33,7 @@ void merge_rows(LikelihoodArgs& a, bool forward, bool backward, bool segments) {
 
 }  // namespace
 
-PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass, Workspace& workspace, bool allow_vector) {
+PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass, Workspace& workspace) {
   const bool forward = pass != Pass::kBackward, backward = pass != Pass::kForward;
   LikelihoodArgs a = original;
   PreparedLikelihood r;
@@ -53,7 +53,6 @@ PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass,
   if (segment == event) segment = a.shape.event;
 
   Layout layout(a.shape, segment, unit, a.x);
-  if (!allow_vector) layout.forbid_vector();
   p.x = layout.view(a.x);
   p.mean = layout.view(a.mean);
   bool full = false;
@@ -77,8 +76,12 @@ PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass,
     p.grad_x = layout.view(a.grad_x);
     if (segment_grad) {
       p.segment_grad = a.grad_logvar.data;
+      p.segment_grad_dtype = a.grad_logvar.dtype;
     } else {
       p.grad_logvar = layout.view(a.grad_logvar);
+      // The vector path writes it in the dtype of x or of arithmetic, and only where every element has its own.
+      const bool known = a.grad_logvar.dtype == a.dtype || a.grad_logvar.dtype == (a.dtype == DType::kFloat64 ? a.dtype : DType::kFloat32);
+      if (p.grad_logvar.present() && (p.uniform || !known)) layout.forbid_vector();
     }
   }
   p.plan = layout.plan(true);
@@ -97,15 +100,15 @@ PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass,
 
 int64_t likelihood_workspace_bytes(const LikelihoodArgs& args, Pass pass) {
   Workspace counted;
-  prepare_likelihood(args, pass, counted, true);
+  prepare_likelihood(args, pass, counted);
   return counted.bytes();
 }
 
 void likelihood(const LikelihoodArgs& args, Pass pass, void* memory, const Context& context) {
   Workspace counted;
-  prepare_likelihood(args, pass, counted, true);
+  prepare_likelihood(args, pass, counted);
   Workspace workspace(memory, counted);
-  const PreparedLikelihood r = prepare_likelihood(args, pass, workspace, true);
+  const PreparedLikelihood r = prepare_likelihood(args, pass, workspace);
   const LikelihoodParams& p = r.params;
   clear(memory, counted.ticket_bytes(), context.stream);
   if (pass == Pass::kBackward) {

@@ -21,8 +21,9 @@ struct LikelihoodParams {
   double grad_ll_scale = 1;
   bool grad_elementwise = false;
   View grad_mean, grad_x;
-  View grad_logvar;              // per element, in arithmetic's dtype; absent where it is summed over segments
+  View grad_logvar;              // per element; absent where it is summed over segments
   void* segment_grad = nullptr;  // [samples, rows, segments]
+  DType segment_grad_dtype = DType::kFloat32;
   Parts segment_parts;        // where blocks share a segment
   View ll;                       // elementwise; otherwise in result
   Result result;
@@ -39,17 +40,16 @@ struct PreparedLikelihood {
   LikelihoodParams params;
   LikelihoodPath path;
 };
-PreparedLikelihood prepare_likelihood(const LikelihoodArgs&, Pass, Workspace&, bool allow_vector);
+PreparedLikelihood prepare_likelihood(const LikelihoodArgs&, Pass, Workspace&);
 
 // One gradient per segment from what its threads hold: in the team, in the block, or by the last block to arrive.
 template <typename Acc>
 __device__ inline void finish_segment(const LikelihoodParams& p, const Place& place, uint32_t tile, Acc value) {
   const Plan& plan = p.plan;
   const int64_t segment = place.outer * plan.segments + place.segment;
-  Acc* out = static_cast<Acc*>(p.segment_grad);
   if (plan.lanes != 0) {
     value = team_sum(value, plan.lanes);
-    if (place.active && place.lane == 0) out[segment] = value;
+    if (place.active && place.lane == 0) store_any(p.segment_grad, segment, p.segment_grad_dtype, value);
     return;
   }
   double sum = block_sum(static_cast<double>(value));
@@ -58,7 +58,7 @@ __device__ inline void finish_segment(const LikelihoodParams& p, const Place& pl
     if (!last_to_arrive(p.segment_parts.tickets + segment, static_cast<uint32_t>(plan.chunks))) return;
     sum = block_sum(share_of_parts(p.segment_parts.values + segment * plan.chunks, plan.chunks));
   }
-  if (threadIdx.x == 0) out[segment] = static_cast<Acc>(sum);
+  if (threadIdx.x == 0) store_any(p.segment_grad, segment, p.segment_grad_dtype, static_cast<Acc>(sum));
 }
 
 // The thread's share of a tile. Returns its part of the row's log-likelihood; writes the elementwise results.
@@ -93,7 +93,9 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
     load_unit<T, kVector>(p.mean, unit.at[kMean], unit.valid, mean);
     if constexpr (kAccess == Access::kFull) load_unit<T, kVector>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
     if constexpr (kAccess == Access::kStrided) {
-      if (!uniform) load_strided_any(p.logvar.data, unit.at[kLogVar], p.logvar.element, unit.valid, p.logvar.dtype, logvar);
+      if (!uniform) {
+        with_type(p.logvar.dtype, [&](auto type) { load_unit<decltype(type), false>(p.logvar, unit.at[kLogVar], unit.valid, logvar); });
+      }
     }
     if constexpr (kGrad) {
       if (p.grad_elementwise) load_unit<Acc, kVector>(p.grad_ll, unit.at[kGradLl], unit.valid, weight);
@@ -130,7 +132,18 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
     }
     if constexpr (kGrad) {
       if (p.grad_mean.present()) store_unit<T, kVector>(p.grad_mean, unit.at[kGradMean], unit.valid, grad_mean);
-      if (p.grad_logvar.present()) store_unit<Acc, kVector>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
+      if (kAccess != Access::kUniform && p.grad_logvar.present()) {
+        if constexpr (kVector) {
+          if (p.grad_logvar.dtype == Traits<T>::kDType) {
+            store_unit<T, true>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
+          } else {
+            store_unit<Acc, true>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
+          }
+        } else {
+          with_type(p.grad_logvar.dtype,
+                    [&](auto type) { store_unit<decltype(type), false>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar); });
+        }
+      }
       if (p.grad_x.present()) {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) grad_mean[j] = -grad_mean[j];

@@ -52,17 +52,16 @@ __device__ inline float to_acc(Float16 x) {
   return low;
 }
 
+// Rounded to nearest even; a double headed for a 2-byte dtype goes by way of float.
 template <typename T, typename Acc>
 __device__ inline T from_acc(Acc x) {
-  return static_cast<T>(x);
-}
-template <>
-__device__ inline BFloat16 from_acc<BFloat16, float>(float x) {
-  return {static_cast<uint16_t>(pack_bfloat16(x, 0.0f))};
-}
-template <>
-__device__ inline Float16 from_acc<Float16, float>(float x) {
-  return {static_cast<uint16_t>(pack_float16(x, 0.0f))};
+  if constexpr (sizeof(T) >= 4) {
+    return static_cast<T>(x);
+  } else if constexpr (Traits<T>::kDType == DType::kBFloat16) {
+    return {static_cast<uint16_t>(pack_bfloat16(static_cast<float>(x), 0.0f))};
+  } else {
+    return {static_cast<uint16_t>(pack_float16(static_cast<float>(x), 0.0f))};
+  }
 }
 
 // 16 bytes of T to and from arithmetic.
@@ -140,7 +139,7 @@ __device__ inline void store_vector(T* p, const Acc (&v)[kUnit]) {
 template <typename T, typename Acc, int kUnit>
 __device__ inline void load_strided(const T* p, int64_t step, int valid, Acc (&v)[kUnit]) {
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? to_acc(p[i * step]) : Acc(0);
+  for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? static_cast<Acc>(to_acc(p[i * step])) : Acc(0);
 }
 
 template <typename T, typename Acc, int kUnit>
@@ -151,42 +150,32 @@ __device__ inline void store_strided(T* p, int64_t step, int valid, const Acc (&
   }
 }
 
-// A strided unit whose dtype is known only at run time.
-template <typename Acc, int kUnit>
-__device__ inline void load_strided_any(const void* data, int64_t at, int64_t step, int valid, DType dtype, Acc (&v)[kUnit]) {
+// Calls f with a value of the type that a run-time dtype names.
+template <typename F>
+__device__ inline void with_type(DType dtype, const F& f) {
   switch (dtype) {
     case DType::kFloat32:
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? static_cast<Acc>(static_cast<const float*>(data)[at + i * step]) : Acc(0);
-      break;
+      return f(float());
     case DType::kFloat64:
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? static_cast<Acc>(static_cast<const double*>(data)[at + i * step]) : Acc(0);
-      break;
+      return f(double());
     case DType::kBFloat16:
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? static_cast<Acc>(to_acc(static_cast<const BFloat16*>(data)[at + i * step])) : Acc(0);
-      break;
-    default:
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) v[i] = i < valid ? static_cast<Acc>(to_acc(static_cast<const Float16*>(data)[at + i * step])) : Acc(0);
-      break;
+      return f(BFloat16());
+    case DType::kFloat16:
+      return f(Float16());
   }
 }
 
-// One number whose dtype is known only at run time (a learned scale, a beta).
+// One number whose dtype is known only at run time (a learned scale and its gradient).
 template <typename Acc>
-__device__ inline Acc load_any(const void* p, int64_t index, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return static_cast<Acc>(static_cast<const float*>(p)[index]);
-    case DType::kFloat64:
-      return static_cast<Acc>(static_cast<const double*>(p)[index]);
-    case DType::kBFloat16:
-      return static_cast<Acc>(to_acc(static_cast<const BFloat16*>(p)[index]));
-    default:
-      return static_cast<Acc>(to_acc(static_cast<const Float16*>(p)[index]));
-  }
+__device__ inline Acc load_any(const void* data, int64_t index, DType dtype) {
+  Acc value = 0;
+  with_type(dtype, [&](auto type) { value = static_cast<Acc>(to_acc(static_cast<const decltype(type)*>(data)[index])); });
+  return value;
+}
+
+template <typename Acc>
+__device__ inline void store_any(void* data, int64_t index, DType dtype, Acc value) {
+  with_type(dtype, [&](auto type) { static_cast<decltype(type)*>(data)[index] = from_acc<decltype(type)>(value); });
 }
 
 }  // namespace cuda
