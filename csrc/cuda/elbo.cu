@@ -25,7 +25,7 @@ void lay_out_latent(ElboParams& p, const LatentArgs& a, DType reconstruction) {
 Prepared prepare(const ElboArgs& a, Pass pass, Workspace& workspace) {
   Prepared r;
   ElboParams& p = r.params;
-  const bool own_kl = a.latent.mean.data != nullptr;
+  const bool own_kl = a.kl_given.data == nullptr;  // not mean: an empty tensor has no memory
   LatentArgs latent_args = a.latent;
   LikelihoodArgs reconstruction_args = a.reconstruction;
   if (pass == Pass::kForward) {
@@ -80,7 +80,9 @@ void elbo(const ElboArgs& args, Pass pass, void* memory, const Context& context)
   Workspace workspace(memory, counted);
   const Prepared r = prepare(args, pass, workspace);
   clear(memory, counted.ticket_bytes(), context.stream);
-  if (r.params.items == 0 && !args.loss_per_row) clear(args.loss.data, item_size(args.loss.dtype), context.stream);
+  if (r.params.items == 0 && !args.loss_per_row) {
+    write_empty_sum(args.loss.data, item_size(args.loss.dtype), args.loss_scale, context.stream);
+  }
   launch_elbo(r.params, args.reconstruction.dtype, r.access, context.stream);
 }
 

@@ -112,7 +112,7 @@ void latent(const LatentArgs& args, Pass pass, void* workspace, const Context& c
     return;
   }
   const bool scalar = p.kl.present() && (args.reduction == Reduction::kSum || args.reduction == Reduction::kBatchMean);
-  if (scalar && p.plan.tiles == 0) clear(p.kl.data, item_size(p.kl.dtype), context.stream);
+  if (scalar && p.plan.tiles == 0) write_empty_sum(p.kl.data, item_size(p.kl.dtype), args.kl_scale, context.stream);
   clear(workspace, counted.ticket_bytes(), context.stream);
   launch_latent_forward(p, args.dtype, r.path, context.stream);
 }

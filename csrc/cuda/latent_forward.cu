@@ -100,18 +100,16 @@ __global__ void __launch_bounds__(kThreads) latent_forward_general(const __grid_
       const LogVar<Acc> own = logvar_terms(logvar);
       std[j] = own.std;
       if (!want_kl || j >= unit.valid) continue;
-      KlSum<Acc> one;
       if (learned) {
         const Acc difference = mean[j] - prior_mean[j];
-        one.add(Acc(0), logvar_terms(logvar - prior_logvar[j]));
-        one.squares = fma(difference * math::exp(-prior_logvar[j]), difference, one.squares);
-        kl[j] = one.value();
-        sum.squares += one.squares;
-        sum.linear += one.linear;
+        const Acc scaled = difference * math::exp(-prior_logvar[j]);
+        const LogVar<Acc> ratio = logvar_terms(logvar - prior_logvar[j]);
+        sum.squares = fma(scaled, difference, sum.squares);
+        sum.add(Acc(0), ratio);
+        kl[j] = Acc(0.5) * fma(scaled, difference, ratio.phi());
       } else {
-        one.add(mean[j], own);
-        kl[j] = one.value();
         sum.add(mean[j], own);
+        kl[j] = Acc(0.5) * fma(mean[j], mean[j], own.phi());
       }
     }
     if (want_kl && p.result.reduction == Reduction::kNone) store_unit<Acc, kVector>(p.kl, unit.at[kKl], unit.valid, kl);

@@ -32,5 +32,11 @@ inline void clear(void* data, int64_t bytes, void* stream) {
   if (bytes > 0) check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "clearing memory");
 }
 
+// Writes the sum of nothing, times a scale: 0, or NaN where the scale is 1 / 0 (a mean over no rows). All bits set are a NaN.
+inline void write_empty_sum(void* data, int64_t bytes, double scale, void* stream) {
+  const bool nan = !(0.0 * scale == 0.0);
+  check(cudaMemsetAsync(data, nan ? 0xff : 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "clearing memory");
+}
+
 }  // namespace cuda
 }  // namespace fused_elbo

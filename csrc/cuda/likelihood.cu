@@ -116,7 +116,9 @@ void likelihood(const LikelihoodArgs& args, Pass pass, void* memory, const Conte
     return;
   }
   const bool scalar = args.reduction == Reduction::kSum || args.reduction == Reduction::kBatchMean;
-  if (scalar && p.plan.tiles == 0) clear(p.result.out.data, item_size(p.result.out.dtype), context.stream);
+  if (scalar && p.plan.tiles == 0) {
+    write_empty_sum(p.result.out.data, item_size(p.result.out.dtype), args.ll_scale, context.stream);
+  }
   launch_likelihood_forward(p, args.dtype, r.path, context.stream);
 }
 
