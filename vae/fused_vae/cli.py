@@ -83,19 +83,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        arguments = vars(build_parser().parse_args(argv))
-        signal.signal(signal.SIGTERM, _interrupt)
-        return _train(arguments)
-    except UserError as error:
+        return _train(vars(build_parser().parse_args(argv)))
+    except (UserError, OSError) as error:
         print(f"fused-vae: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "fused-vae: stopped; the same command with --resume continues after the last epoch",
-            file=sys.stderr,
-        )
+        print("fused-vae: stopped; --resume continues after the last epoch", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:

@@ -91,18 +91,18 @@ def learning_curves(path: Path, history: Sequence[Row], baseline: float) -> None
         )
         if name == "elbo":
             axes.axhline(baseline, color="C1", linestyle="--", label="probabilistic PCA, exact")
-            _skip_the_descent(axes, [row["elbo"] for row in history], baseline)
+            _skip_the_descent(axes, history, baseline)
         axes.set(xlabel="epoch", ylabel="nats per image", title=title)
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
     figure.savefig(path, format="png")
 
 
-def _skip_the_descent(axes: Axes, elbo: Sequence[float], baseline: float) -> None:
+def _skip_the_descent(axes: Axes, history: Sequence[Row], baseline: float) -> None:
     """The first epochs may lie orders of magnitude below: show the part where models differ."""
-    high = max(*elbo, baseline)
-    low = min(baseline, elbo[len(elbo) // 4])
-    margin = 0.15 * (high - low) + 1
+    high = max(baseline, *(max(row["elbo"], row["train_elbo"]) for row in history))
+    low = min(baseline, history[len(history) // 4]["elbo"])
+    margin = 0.1 * (high - low) + 1
     axes.set_ylim(low - margin, high + margin)
 
 

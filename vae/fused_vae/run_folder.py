@@ -22,6 +22,8 @@ from .errors import UserError
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.csv"
+WRITING = "writing-"
+"""Begins the name of a file that is not yet whole."""
 
 
 class RunFolder:
@@ -39,29 +41,30 @@ class RunFolder:
         Raises:
             UserError: the name is taken, or the folder cannot be written.
         """
-        if self.final.exists() and not self.final.is_dir():
-            raise UserError(f"{self.final}: is a file, a run needs a folder")
-        if self.final.is_dir() and any(self.final.iterdir()):
-            if not (self.final / CONFIG).is_file():
-                raise UserError(
-                    f"{self.final}: holds files that are not a run; choose another --run"
-                )
-            if not overwrite:
-                raise UserError(
-                    f"{self.final}: already holds a run; --overwrite replaces it once the new one"
-                    " is complete, --run names another folder"
-                )
-        if (self.folder / CONFIG).is_file() and not overwrite:
-            raise UserError(
-                f"{self.folder}: holds an unfinished run; --resume continues it, --overwrite starts"
-                " afresh"
-            )
         try:
+            self._check_names(overwrite)
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True)
         except OSError as error:
             raise unwritable(self.folder, error) from error
+
+    def _check_names(self, overwrite: bool) -> None:
+        if self.final.exists() and not self.final.is_dir():
+            raise UserError(f"{self.final}: is a file, a run needs a folder")
+        for folder in (self.final, self.folder):
+            if folder.is_dir() and not (folder / CONFIG).is_file() and _whole_files(folder):
+                raise UserError(f"{folder}: holds files that are not a run; choose another --run")
+        if (self.final / CONFIG).is_file() and not overwrite:
+            raise UserError(
+                f"{self.final}: already holds a run; --overwrite replaces it once the new one is"
+                " complete, --run names another folder"
+            )
+        if (self.folder / CONFIG).is_file() and not overwrite:
+            raise UserError(
+                f"{self.folder}: holds an unfinished run; --resume continues it, --overwrite"
+                " starts afresh"
+            )
 
     def read_config(self) -> dict[str, Any]:
         """config.json of the unfinished run.
@@ -83,7 +86,7 @@ class RunFolder:
             UserError: the disk is full, or the folder not writable.
         """
         path = self.folder / name
-        beside = path.with_name(f"writing-{name}")
+        beside = path.with_name(WRITING + name)
         try:
             writer(beside)
             with open(beside, "rb+") as file:
@@ -158,6 +161,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value
+
+
+def _whole_files(folder: Path) -> list[Path]:
+    """What is in a folder, but for files that a killed process was writing."""
+    return [file for file in folder.iterdir() if not file.name.startswith(WRITING)]
 
 
 def unwritable(path: Path, error: BaseException) -> UserError:
