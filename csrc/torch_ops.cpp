@@ -77,7 +77,7 @@ STABLE_TORCH_LIBRARY(FUSED_ELBO_NAMESPACE, m) {
       "Tensor? logvar, Tensor? kl, Tensor? beta, float beta_value, int reduction, bool want_grads) -> (Tensor loss, "
       "Tensor log_likelihood, Tensor kl_out, Tensor grad_recon, Tensor grad_recon_logvar, Tensor grad_mean, "
       "Tensor grad_logvar)");
-  m.def("fold_seed(Tensor seed, int data) -> Tensor");
+  m.def("fold_seed(Tensor seed, SymInt data) -> Tensor");
   m.def("noise_words(Tensor seed, int stream, int sample, int first, int count) -> Tensor");
 }
 

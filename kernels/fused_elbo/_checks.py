@@ -83,7 +83,8 @@ def number(function: str, name: str, value: object) -> float:
             f"{function}: {name} must be a number or a tensor, got {type(value).__name__}"
         )
     result = float(value)
-    if math.isnan(result):
+    # While a graph is traced a number may be symbolic, and has no value to look at.
+    if not torch.compiler.is_compiling() and math.isnan(result):
         raise ValueError(f"{function}: {name} must not be NaN")
     return result
 

@@ -61,7 +61,7 @@ SCHEMAS = {
         "bool want_grads) -> (Tensor loss, Tensor log_likelihood, Tensor kl_out, "
         "Tensor grad_recon, Tensor grad_recon_logvar, Tensor grad_mean, Tensor grad_logvar)"
     ),
-    "fold_seed": "(Tensor seed, int data) -> Tensor",
+    "fold_seed": "(Tensor seed, SymInt data) -> Tensor",
     "noise_words": "(Tensor seed, int stream, int sample, int first, int count) -> Tensor",
 }
 
@@ -124,10 +124,9 @@ def _latent_backward(
     reduction: int = SAMPLE,
     want_prior: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = mean.new_empty(0)
-    grad_logvar = none if logvar is None else torch.empty_like(logvar)
+    grad_logvar = mean.new_empty(0) if logvar is None else torch.empty_like(logvar)
     if not want_prior or prior_mean is None or prior_logvar is None:
-        return torch.empty_like(mean), grad_logvar, none, mean.new_empty(0)
+        return torch.empty_like(mean), grad_logvar, mean.new_empty(0), mean.new_empty(0)
     part, _ = halves(mean, logvar, chunk_dim)
     return (
         torch.empty_like(mean),
