@@ -240,3 +240,30 @@ def test_results_are_the_same_with_ranges() -> None:
     tracing.disable()
     for plain, ranged in zip(*results):
         assert torch.equal(plain, ranged)
+
+
+TRAINER = """
+import torch, fused_elbo
+from fused_elbo import tracing
+from fused_vae.config import TrainConfig
+from fused_vae.data import Images
+from fused_vae.train import Trainer
+
+images = Images("noise", torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8), 256)
+trainer = Trainer(TrainConfig(latent=4, epochs=1, batch_size=6).resolved(images), images, images)
+for epoch in trainer.epochs():
+    for _ in epoch:
+        pass
+"""
+
+
+def test_a_training_step_has_its_stages_with_the_operations_inside(tmp_path: Path) -> None:
+    run_under_tool(build_tool(tmp_path), tmp_path / "log", TRAINER)
+    (roots,) = parse(tmp_path / "log").values()
+    stages = ["data", "encoder", "latent", "decoder", "likelihood", "backward", "optimizer"]
+    assert [r.message for r in roots[:14]] == stages * 2
+    step = {r.message: [c.name for c in r.children] for r in roots[:7]}
+    assert step["latent"] == ["latent_forward"]
+    assert step["likelihood"] == ["elbo_forward"]
+    assert sorted(step["backward"]) == ["elbo_backward", "latent_backward"]
+    assert not step["data"] + step["encoder"] + step["decoder"] + step["optimizer"]
