@@ -44,7 +44,7 @@ from .calls import (
     present,
 )
 from .registration import kernels
-from .schemas import SAMPLE, SCHEMAS
+from .schemas import BATCHMEAN, SAMPLE, SCHEMAS, SUM
 from .transforms import Call, LatentTransform, LikelihoodTransform
 
 __all__ = [
@@ -196,6 +196,14 @@ def elbo(
     want_grads = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in inputs[:6]
     )
+    half = inputs.recon_x.dtype == torch.float16 or (
+        inputs.mean is not None and inputs.mean.dtype == torch.float16
+    )
+    if want_grads and params.reduction == BATCHMEAN and half:
+        # Divided by the batch size before a loss scale multiplies them, the gradients of the
+        # forward pass would fall below the smallest float16.
+        loss, ll, kl = elbo(kernels, inputs, params._replace(reduction=SUM))
+        return loss / inputs.recon_x.shape[0], ll, kl
     if torch.compiler.is_compiling():
         traced = getattr(torch.ops, kernels.namespace).elbo.default
         loss, ll, kl, *_ = traced(*elbo_arguments(inputs, params), want_grads)
@@ -235,12 +243,13 @@ class _ELBO(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-        inputs = ELBOInputs(*ctx.saved_tensors[:7])
+        saved = ctx.saved_tensors  # unpacked once: activation checkpointing refuses a second time
+        inputs = ELBOInputs(*saved[:7])
         if torch.is_grad_enabled():  # create_graph=True
             grads = elbo_backward_plain(inputs, ctx.params, grad_loss)
         else:
             grads = ctx.kernels.elbo_backward(
-                inputs, ctx.params, ctx.saved_tensors[7:], grad_loss, ctx.needs_input_grad[2:8]
+                inputs, ctx.params, saved[7:], grad_loss, ctx.needs_input_grad[2:8]
             )
         return (
             None,

@@ -102,11 +102,11 @@ def _setup_elbo(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _compiled_elbo_backward(
     namespace: str, ctx: Any, grad_loss: Tensor, *_: Any
 ) -> tuple[Any, ...]:
-    needed = ctx.needs_input_grad
+    needed, saved = ctx.needs_input_grad, ctx.saved_tensors
     recon, x, recon_logvar, mean, logvar, kl = elbo_backward_scaled(
-        ELBOInputs(*ctx.saved_tensors[:7]),
+        ELBOInputs(*saved[:7]),
         ctx.params,
-        ctx.saved_tensors[7:],
+        saved[7:],
         grad_loss,
         (*needed[:3], *needed[4:7]),
     )

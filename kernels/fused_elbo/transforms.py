@@ -87,6 +87,7 @@ class _Transform(Function):
     @classmethod
     def _push_forward(cls, ctx: Any, *tangents: Any) -> Any:
         formula, tensors, places = cls._derive(ctx)
+        tensors = tuple(t.contiguous() for t in tensors)  # an expanded one cannot take a tangent
         given = tangents[1:]
         moved = tuple(
             torch.zeros_like(t) if given[i] is None else given[i] for i, t in zip(places, tensors)
