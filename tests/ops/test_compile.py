@@ -38,14 +38,20 @@ def functions(device):
         "reparameterize": lambda a, b, c, d: (reparameterize(a, b, key=KEY),),
         "reparameterize_kl": lambda a, b, c, d: reparameterize_kl(a, b, key=KEY),
         "with a prior": lambda a, b, c, d: reparameterize_kl(a, b, c, d, key=KEY, reduction="none"),
-        "seed tensor and samples": lambda a, b, c, d: reparameterize_kl(a, b, key=NoiseKey(seed), num_samples=2),
+        "seed tensor and samples": lambda a, b, c, d: reparameterize_kl(
+            a, b, key=NoiseKey(seed), num_samples=2
+        ),
         "gaussian_kl": lambda a, b, c, d: (gaussian_kl(a, b, c[:1], d[:1], reduction="batchmean"),),
-        "from_moments": lambda a, b, c, d: DiagonalGaussian.from_moments(a, dim=2).sample_kl(key=KEY),
+        "from_moments": lambda a, b, c, d: DiagonalGaussian.from_moments(a, dim=2).sample_kl(
+            key=KEY
+        ),
         "kl of moments": lambda a, b, c, d: (
             DiagonalGaussian.from_moments(a, 2).kl(DiagonalGaussian.from_moments(b, 2)),
         ),
         "unit variance": lambda a, b, c, d: (gaussian_log_likelihood(a, b),),
-        "channel variance": lambda a, b, c, d: (gaussian_log_likelihood(a, b, channel, reduction="sum"),),
+        "channel variance": lambda a, b, c, d: (
+            gaussian_log_likelihood(a, b, channel, reduction="sum"),
+        ),
         "full variance": lambda a, b, c, d: (gaussian_log_likelihood(a, b, c),),
         "elbo_loss": lambda a, b, c, d: elbo_loss(a, b, c, d, beta=beta, recon_logvar=channel),
         "elbo_loss per sample": lambda a, b, c, d: elbo_loss(a, b, c, d, reduction="sample"),
@@ -111,14 +117,21 @@ def operations_in_the_graph(function, *arguments):
 @pytest.mark.kernels
 def test_a_call_is_one_node_of_the_graph(device):
     tensors = inputs(4, device)
-    for name, count in (("reparameterize_kl", 1), ("unit variance", 1), ("elbo_loss", 1), ("vae step", 2)):
+    for name, count in (
+        ("reparameterize_kl", 1),
+        ("unit variance", 1),
+        ("elbo_loss", 1),
+        ("vae step", 2),
+    ):
         torch._dynamo.reset()
         nodes = operations_in_the_graph(functions(device)[name], *tensors)
         assert sum("fused_elbo" in node for node in nodes) == count, nodes
 
 
 def test_without_a_key_every_call_draws_afresh_and_manual_seed_reproduces(device):
-    compiled = torch.compile(lambda a, b: reparameterize_kl(a, b)[0], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda a, b: reparameterize_kl(a, b)[0], fullgraph=True, backend="aot_eager"
+    )
     a, b = inputs(4, device)[:2]
     torch.manual_seed(5)
     first, second = compiled(a, b), compiled(a, b)
@@ -140,7 +153,9 @@ def test_backward_of_a_compiled_call_without_a_key_uses_the_noise_of_forward(dev
 def test_a_new_seed_does_not_recompile(device):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda a, b, seed: reparameterize(a, b, key=NoiseKey(seed).fold_in(3)), fullgraph=True, backend=counter
+        lambda a, b, seed: reparameterize(a, b, key=NoiseKey(seed).fold_in(3)),
+        fullgraph=True,
+        backend=counter,
     )
     a, b = inputs(4, device)[:2]
     for seed in (1, -5, 2**40):
@@ -152,7 +167,9 @@ def test_a_new_seed_does_not_recompile(device):
 def test_a_new_row_offset_or_number_of_samples_does_not_recompile_forever(device):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda a, b, seed, start, k: reparameterize(a, b, key=NoiseKey(seed).rows(start), num_samples=k),
+        lambda a, b, seed, start, k: reparameterize(
+            a, b, key=NoiseKey(seed).rows(start), num_samples=k
+        ),
         fullgraph=True,
         backend=counter,
     )
@@ -168,19 +185,25 @@ def test_a_new_step_folded_into_a_seed_tensor_does_not_recompile_forever(device)
     """What a training loop does: NoiseKey(seed).fold_in(step)."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        lambda a, b, seed, i: reparameterize(a, b, key=NoiseKey(seed).fold_in(i)), fullgraph=True, backend=counter
+        lambda a, b, seed, i: reparameterize(a, b, key=NoiseKey(seed).fold_in(i)),
+        fullgraph=True,
+        backend=counter,
     )
     a, b = inputs(4, device)[:2]
     seed = torch.tensor(3, device=device)
     for i in (10, 11, 12, 13, 14):
-        assert torch.equal(compiled(a, b, seed, i), reparameterize(a, b, key=NoiseKey(seed).fold_in(i)))
+        assert torch.equal(
+            compiled(a, b, seed, i), reparameterize(a, b, key=NoiseKey(seed).fold_in(i))
+        )
     assert counter.frame_count <= 2
 
 
 def test_a_compiled_vae_trains_as_the_eager_one(device):
     def train(compile_it):
         torch.manual_seed(0)
-        model = torch.nn.ModuleDict({"e": torch.nn.Linear(6, 4), "d": torch.nn.Linear(2, 6)}).to(device)
+        model = torch.nn.ModuleDict({"e": torch.nn.Linear(6, 4), "d": torch.nn.Linear(2, 6)}).to(
+            device
+        )
         x = torch.randn(16, 6, device=device)
 
         def loss(x, seed):

@@ -14,7 +14,15 @@ from fused_elbo import (
     reparameterize_kl,
 )
 from tests.ops import truth
-from tests.ops.support import DTYPES, LAYOUTS, RELATIVE, assert_rounded, assert_within, laid_out, leaf
+from tests.ops.support import (
+    DTYPES,
+    LAYOUTS,
+    RELATIVE,
+    assert_rounded,
+    assert_within,
+    laid_out,
+    leaf,
+)
 
 KEY = NoiseKey(seed=6, row_offset=1)
 
@@ -52,7 +60,9 @@ def test_moments_of_every_dtype_agree_with_float64(dtype, num_samples, device, i
     eps = truth.normals(mean.shape, KEY.seed, 0, KEY.row_offset, num_samples, dtype)
     bound = RELATIVE[dtype] * (mean.abs() + torch.exp(logvar / 2) * (1 + eps.abs()))
     if dtype in (torch.bfloat16, torch.float16):
-        assert_rounded(z, truth.sample(mean, logvar, eps), bound, interpreted and dtype == torch.bfloat16)
+        assert_rounded(
+            z, truth.sample(mean, logvar, eps), bound, interpreted and dtype == torch.bfloat16
+        )
     else:
         assert_within(z, truth.sample(mean, logvar, eps), bound)
     expected = truth.kl(mean, logvar)
@@ -102,7 +112,9 @@ def test_methods_are_the_functions(device):
         expected = reparameterize_kl(mean, logvar, key=KEY, reduction=reduction)
         assert torch.equal(z, expected[0])
         assert torch.equal(kl, expected[1])
-        assert torch.equal(q.kl(reduction=reduction), gaussian_kl(mean, logvar, reduction=reduction))
+        assert torch.equal(
+            q.kl(reduction=reduction), gaussian_kl(mean, logvar, reduction=reduction)
+        )
         assert torch.equal(
             q.log_prob(x, reduction), gaussian_log_likelihood(x, mean, logvar, reduction=reduction)
         )
@@ -134,7 +146,9 @@ def test_another_gaussian_is_clamped_by_its_own_clamp(device):
     moments = torch.tensor([[0.0, 5.0]], device=device)
     narrow = DiagonalGaussian.from_moments(moments, clamp=(-1.0, 1.0))
     wide = DiagonalGaussian.from_moments(moments)
-    expected = truth.kl(torch.zeros(1, 1).double(), torch.tensor([[5.0]]).double(), 0.0, torch.tensor(1.0).double())
+    expected = truth.kl(
+        torch.zeros(1, 1).double(), torch.tensor([[5.0]]).double(), 0.0, torch.tensor(1.0).double()
+    )
     assert_within(wide.kl(narrow), expected, 1e-6 * expected)
     assert wide.kl(DiagonalGaussian(narrow.mean, narrow.logvar)) == wide.kl(narrow)
 
@@ -156,6 +170,8 @@ def test_properties_are_those_of_the_clamped_distribution(device):
     torch.testing.assert_close(q.std, torch.exp(0.5 * q.logvar))
     torch.testing.assert_close(q.var, torch.exp(q.logvar))
     assert q.mean.untyped_storage().data_ptr() == moments.untyped_storage().data_ptr()  # a view
-    assert repr(q) == f"DiagonalGaussian(shape=(1, 2), dtype=torch.float32, device='{moments.device}')"
+    assert (
+        repr(q) == f"DiagonalGaussian(shape=(1, 2), dtype=torch.float32, device='{moments.device}')"
+    )
     other = copy.deepcopy(q)
     assert torch.equal(other.rsample(key=KEY), q.rsample(key=KEY))

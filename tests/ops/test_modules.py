@@ -64,7 +64,10 @@ def test_modules_are_the_functions_with_their_options(device):
 
 def test_a_generator_reaches_the_draw(device):
     a, b = (leaf(5, 3, device=device) for _ in range(2))
-    draws = [Reparameterize()(a, b, generator=torch.Generator(device).manual_seed(s))[0] for s in (1, 1, 2)]
+    draws = [
+        Reparameterize()(a, b, generator=torch.Generator(device).manual_seed(s))[0]
+        for s in (1, 1, 2)
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -91,7 +94,12 @@ def test_a_learned_variance_is_a_parameter_that_trains(device):
 
 
 def test_a_variance_that_is_not_learned_is_no_parameter():
-    for module in (GaussianLogLikelihood(), GaussianLogLikelihood(1.0), Reparameterize(), ELBOLoss()):
+    for module in (
+        GaussianLogLikelihood(),
+        GaussianLogLikelihood(1.0),
+        Reparameterize(),
+        ELBOLoss(),
+    ):
         assert not list(module.parameters())
         assert not module.state_dict()
 
@@ -108,11 +116,15 @@ def test_pickling_and_copying_keep_what_a_module_does(module, device):
 
 
 def test_a_model_with_them_saves_and_loads(device, tmp_path):
-    model = nn.ModuleDict({"q": Reparameterize(), "p": GaussianLogLikelihood(0.0, learn=True)}).to(device)
+    model = nn.ModuleDict({"q": Reparameterize(), "p": GaussianLogLikelihood(0.0, learn=True)}).to(
+        device
+    )
     with torch.no_grad():
         model["p"].logvar.fill_(1.25)
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    fresh = nn.ModuleDict({"q": Reparameterize(), "p": GaussianLogLikelihood(0.0, learn=True)}).to(device)
+    fresh = nn.ModuleDict({"q": Reparameterize(), "p": GaussianLogLikelihood(0.0, learn=True)}).to(
+        device
+    )
     fresh.load_state_dict(torch.load(tmp_path / "model.pt"))
     assert fresh["p"].logvar.item() == 1.25
 

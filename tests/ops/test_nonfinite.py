@@ -34,7 +34,13 @@ def same(actual, expected):
 
 
 # logvar -> phi(logvar) / 2 and std, as limits of the formulas
-LOGVARS = {INF: (INF, INF), -INF: (INF, 0.0), NAN: (NAN, NAN), 200.0: (INF, None), -200.0: (99.5, None)}
+LOGVARS = {
+    INF: (INF, INF),
+    -INF: (INF, 0.0),
+    NAN: (NAN, NAN),
+    200.0: (INF, None),
+    -200.0: (99.5, None),
+}
 
 
 @pytest.mark.parametrize("logvar", LOGVARS)
@@ -76,7 +82,9 @@ def test_a_mean_beyond_all_bounds_reaches_z_and_kl_of_its_row_alone(dtype, mean,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], **ids)
 def test_nan_stays_nan_through_the_clamp(dtype, device):
-    moments = torch.cat((torch.zeros(3, 37), one_element(NAN, torch.float32, "cpu")), 1).to(device, dtype)
+    moments = torch.cat((torch.zeros(3, 37), one_element(NAN, torch.float32, "cpu")), 1).to(
+        device, dtype
+    )
     z, kl = DiagonalGaussian.from_moments(moments).sample_kl(key=KEY)
     assert z[1, 5].isnan()
     assert kl[1].isnan()
@@ -85,7 +93,9 @@ def test_nan_stays_nan_through_the_clamp(dtype, device):
 
 @pytest.mark.parametrize("logvar", [INF, -INF, 200.0, -200.0])
 def test_the_clamp_bounds_what_is_beyond_it(logvar, device):
-    moments = torch.cat((torch.zeros(3, 37), one_element(logvar, torch.float32, "cpu")), 1).to(device)
+    moments = torch.cat((torch.zeros(3, 37), one_element(logvar, torch.float32, "cpu")), 1).to(
+        device
+    )
     edge = moments.clamp(-30.0, 20.0)
     for a, b in zip(
         DiagonalGaussian.from_moments(moments).sample_kl(key=KEY),
@@ -97,7 +107,10 @@ def test_the_clamp_bounds_what_is_beyond_it(logvar, device):
 
 @pytest.mark.parametrize("where", ["mean", "logvar", "prior_mean", "prior_logvar"])
 def test_a_nan_makes_gradients_nan_in_its_element_alone(where, device):
-    inputs = {n: torch.zeros(3, 37, device=device) for n in ("mean", "logvar", "prior_mean", "prior_logvar")}
+    inputs = {
+        n: torch.zeros(3, 37, device=device)
+        for n in ("mean", "logvar", "prior_mean", "prior_logvar")
+    }
     inputs[where][1, 5] = NAN
     for t in inputs.values():
         t.requires_grad_()
@@ -143,7 +156,9 @@ def test_limits_of_the_log_likelihood(device):
     assert ll[1] == -INF  # a flat density
     ll = gaussian_log_likelihood(x, x + 1, one_element(-INF, torch.float32, device))
     assert ll[1].isnan()  # -inf of the residual, +inf of the constant
-    assert (gaussian_log_likelihood(x, x, -INF).isnan() | gaussian_log_likelihood(x, x, -INF).isinf()).all()
+    assert (
+        gaussian_log_likelihood(x, x, -INF).isnan() | gaussian_log_likelihood(x, x, -INF).isinf()
+    ).all()
 
 
 def test_a_nan_reaches_the_elbo_loss_and_the_part_it_is_in(device):

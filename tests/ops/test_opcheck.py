@@ -28,9 +28,12 @@ def latent_calls(device, requires_grad):
     #                            seed_value, stream, row_offset, num_samples, chunk_dim, clamp, want_z, reduction
     yield "plain", (a, b, None, None, None, 7, 0, 0, 0, -1, -INF, INF, True, 1)
     yield "priors", (a, b, c, d, seed, 0, 1, 5, 3, -1, -INF, INF, True, 3)
-    yield "expanded prior", (
-        *(a, b, c[:1].expand(3, 4, 2), d[:, :1].expand(3, 4, 2), seed, 0, 1, 5, 0),
-        *(-1, -INF, INF, True, 0),
+    yield (
+        "expanded prior",
+        (
+            *(a, b, c[:1].expand(3, 4, 2), d[:, :1].expand(3, 4, 2), seed, 0, 1, 5, 0),
+            *(-1, -INF, INF, True, 0),
+        ),
     )
     yield "moments", (a, None, None, None, seed, 0, 0, 0, 0, 1, -30.0, 20.0, True, 2)
     yield "no kl", (a, b, None, None, seed, 0, 0, 0, 2, -1, -INF, INF, True, -1)
@@ -144,14 +147,18 @@ def test_fake_tensors_have_the_shapes_dtypes_and_devices_of_real_ones(device_typ
         if not isinstance(value, torch.Tensor):
             return torch.device(device_type) if isinstance(value, torch.device) else value
         strided = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        return mode.fake_tensor_converter.from_meta_and_device(mode, strided, torch.device(device_type))
+        return mode.fake_tensor_converter.from_meta_and_device(
+            mode, strided, torch.device(device_type)
+        )
 
     for name, case, arguments in raw_calls(device):
         operation = getattr(namespace(backend, device), name).default
         with FakeTensorMode() as mode:
             outputs = operation(*(fake(mode, a) for a in arguments))
         expected = operation(*arguments)
-        pairs = [(outputs, expected)] if isinstance(expected, torch.Tensor) else zip(outputs, expected)
+        pairs = (
+            [(outputs, expected)] if isinstance(expected, torch.Tensor) else zip(outputs, expected)
+        )
         for a, e in pairs:
             assert a.device.type == device_type, (name, case)
             assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride()), (name, case)

@@ -128,7 +128,9 @@ def test_the_layouts_that_occur_in_practice_are_read_without_a_copy(layout, devi
         one = torch.ones((), device=device)
         outputs = reparameterize_kl(*values, *prior, key=KEY)
         torch.autograd.grad(outputs, values, [one.expand(t.shape) for t in outputs])
-        torch.autograd.grad(DiagonalGaussian.from_moments(moments).sample_kl(key=KEY)[1].sum(), moments)
+        torch.autograd.grad(
+            DiagonalGaussian.from_moments(moments).sample_kl(key=KEY)[1].sum(), moments
+        )
         torch.autograd.grad(gaussian_log_likelihood(*values).sum(), values)
         torch.autograd.grad(elbo_loss(*values, *values, recon_logvar=0.5).loss, values)
 
