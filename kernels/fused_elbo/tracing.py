@@ -133,7 +133,27 @@ def domain() -> Any:
             "torch.profiler sees the ranges. Install it with `pip install nvtx`."
         )
         return None
-    return nvtx.get_domain(DOMAIN)
+    created = nvtx.get_domain(DOMAIN)
+    return created if hasattr(created, "push_range") else _EarlyDomain(nvtx)
+
+
+class _EarlyDomain:
+    """The methods that nvtx's Domain has since 0.2.12, by what there was before.
+
+    Those are the versions that Nsight Systems 2022.4 can see.
+    """
+
+    def __init__(self, nvtx: Any) -> None:
+        self._nvtx = nvtx
+
+    def get_event_attributes(self, **attributes: Any) -> dict[str, Any]:
+        return attributes
+
+    def push_range(self, attributes: dict[str, Any]) -> None:
+        self._nvtx.push_range(**attributes, domain=DOMAIN)
+
+    def pop_range(self) -> None:
+        self._nvtx.pop_range(domain=DOMAIN)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -83,6 +83,11 @@ fused_elbo.gaussian_kl(leaf(8, 4), leaf(8, 4))
 
 with tracing.enable(), tracing.range("switched off within"):
     tracing.disable()
+
+import nvtx
+early = tracing._EarlyDomain(nvtx)
+early.push_range(early.get_event_attributes(message="early nvtx", color=255, payload=3))
+early.pop_range()
 """
 
 
@@ -177,12 +182,13 @@ def test_switched_off_nothing_is_emitted(main_thread: dict[str, Range]) -> None:
     assert "disabled" not in main_thread
     assert [r.name for r in main_thread["enabled again"].children] == ["latent_forward"]
     assert list(main_thread) == [
-        "step",
-        "exception",
-        "compiled",
-        "enabled again",
-        "switched off within",
+        *("step", "exception", "compiled", "enabled again", "switched off within", "early nvtx")
     ]
+
+
+def test_early_versions_of_nvtx_get_the_same_ranges(main_thread: dict[str, Range]) -> None:
+    early = main_thread["early nvtx"]
+    assert (early.domain, early.payload) == ("fused_elbo", 3)
 
 
 def test_ranges_are_seen_by_torch_profiler() -> None:
