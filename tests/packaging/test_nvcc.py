@@ -92,7 +92,18 @@ def test_architectures_in_another_notation_are_refused(text: str) -> None:
 
 
 def test_ptx_is_made_only_where_asked_for() -> None:
-    assert arch_flags(["90", "120+PTX"]) == [
-        "--generate-code=arch=compute_90,code=sm_90",
+    assert arch_flags(["75", "100", "120+PTX"]) == [
+        "--generate-code=arch=compute_75,code=[sm_75]",
+        "--generate-code=arch=compute_100,code=[sm_100]",
         "--generate-code=arch=compute_120,code=[sm_120,compute_120]",
     ]
+
+
+def test_architectures_from_80_to_90_share_the_ptx_of_the_oldest() -> None:
+    assert arch_flags(["75", "86", "89", "90"]) == [
+        "--generate-code=arch=compute_75,code=[sm_75]",
+        "--generate-code=arch=compute_86,code=[sm_86,sm_89,sm_90]",
+    ]
+    # PTX for 90, and code with features of 90 alone, cannot come from an older one.
+    assert arch_flags(["80", "90+PTX"])[1].endswith("compute_90,code=[sm_90,compute_90]")
+    assert arch_flags(["80", "90a"])[1].endswith("compute_90a,code=[sm_90a]")
