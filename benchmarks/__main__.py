@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, write results.csv and the plots, print what holds.
+"""`python -m benchmarks`: measure, write a table, a summary and plots, print what holds.
 
 python -m benchmarks --quick                three minutes on two cores
 python -m benchmarks --out DIR              everything
@@ -12,13 +12,14 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from . import plots, table, targets, timing
+from . import plots, report, table, targets, timing
 from .providers import FUSED_BACKENDS, PROVIDERS
 from .runner import FULL, QUICK, Effort, Run, environment, summary
 from .workloads import WORKLOADS, Workload, curve
@@ -68,12 +69,18 @@ def main(arguments: list[str] | None = None) -> int:
         table.write(out / "results.csv", run.rows)  # kept even if the next workload is interrupted
     found = environment(run, memory, load_before)
     (out / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    command = f"python -m benchmarks {given}".rstrip()
+    (out / "summary.md").write_text(report.markdown(run.rows, found, fused, command))
 
     for name, reason in run.skipped.items():
         print(f"skipped: {name}: {reason}")
     if fused:
         print(targets.report(run.rows, fused))
-    print(*[out / "results.csv", *([] if options.no_plots else plots.draw(out))], sep="\n")
+    print(
+        *[out / "results.csv", out / "summary.md", *([] if options.no_plots else plots.draw(out))],
+        sep="\n",
+    )
     return 0
 
 

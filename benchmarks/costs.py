@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -94,9 +95,9 @@ def compiled_kernels() -> int:
     return count
 
 
-def saved_bytes(each: Pass, inputs: Inputs) -> int:
+def saved_bytes(each: Pass, inputs: Iterable[Tensor]) -> int:
     """What forward keeps for backward besides its inputs."""
-    known = {t.untyped_storage().data_ptr() for t in inputs.tensors.values()}
+    known = {t.untyped_storage().data_ptr() for t in inputs}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from . import costs, training
 from .providers import PROVIDERS, Provider, is_fused
 from .table import Row
 from .timing import PASSES, GradientPass, Pass, Times, measure
-from .workloads import Inputs, Workload, make_inputs
+from .workloads import Workload, make_inputs
 
-_log = logging.getLogger("benchmarks")
 _HALF = ("bfloat16", "float16")
 # Where half precision is measured: one noise kernel, one likelihood, and what holds them together.
 _HALF_WORKLOADS = frozenset({"latent-64x16384", "likelihood-unit", "moments", "elbo-image"})
@@ -158,11 +156,12 @@ def prepare(
     if workload.kind == "training":
         if not training.offers(provider.name):
             return None
-        return _costs(training.TrainingPass(workload, inputs, provider.name), inputs, device)
+        each = training.TrainingPass(workload, inputs, provider.name)
+        return _costs(each, (each.x, *each.model.parameters()), device)
     compute = provider.build(workload)
     if compute is None:
         return None
-    made = _costs(GradientPass(compute, inputs), inputs, device)
+    made = _costs(GradientPass(compute, inputs), inputs.tensors.values(), device)
     # The constant that mse_loss leaves out is no error; nothing is computed by an empty function.
     constant_left_out = provider.name in ("functional", "pythae") and workload.variance == "unit"
     if not constant_left_out and provider.name != "empty" and not workload.curve:
@@ -170,7 +169,7 @@ def prepare(
     return made
 
 
-def _costs(each: Pass, inputs: Inputs, device: torch.device) -> Prepared:
+def _costs(each: Pass, inputs: Iterable[torch.Tensor], device: torch.device) -> Prepared:
     each.backward(each.forward())  # compiles what is to be compiled
     compiled = costs.compiled_kernels()
     peak, launches = costs.peak_and_launches(each, device)
@@ -224,6 +223,3 @@ def summary(rows: list[Row], fused: str | None) -> str:
             f"{row.ns_per_element:>9.2f} ns  saved {row.saved_bytes or 0:>12,} B  {error}"
         )
     return "\n".join(lines)
-
-
-Progress = Callable[[str], None]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import costs, plots, table, targets, timing
+from benchmarks import costs, plots, report, table, targets, timing
 from benchmarks.providers import PROVIDERS
 from benchmarks.table import Row
 from benchmarks.workloads import KINDS, WORKLOADS, curve, make_inputs
@@ -217,3 +217,12 @@ def test_moved_bytes_are_those_of_the_formula() -> None:
     assert by_name["likelihood-full"].moved_bytes(4) == (12 * image, 20 * image)
     assert by_name["moments"].moved_bytes(2) == (6 * 16 * 4 * 64 * 64, 10 * 16 * 4 * 64 * 64)
     assert curve([16])[0].elements == 1 << 16
+
+
+def test_the_summary_says_where_the_package_loses(tiny: tuple[Path, str]) -> None:
+    page = (tiny[0] / "summary.md").read_text()
+    for heading in ("## Promises", "## Where the package loses", "### reparameterize_kl [8, 4]"):
+        assert heading in page
+    assert "`python -m benchmarks --quick --rounds 3 --only" in page
+    lost = report.losses(rows(fused_cpu=100, eager=90, compile=101, empty=1), "fused-cpu")
+    assert [(theirs.provider, theirs.p50_us) for _, theirs in lost] == [("eager", 90)]
