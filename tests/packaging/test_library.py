@@ -66,7 +66,7 @@ def test_a_failure_is_reported_whole_every_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     broken = tmp_path / "_C.abi3.so"
-    broken.write_text("not an object file")
+    broken.write_bytes(bytes(4096))
     monkeypatch.setattr(_library, "EXTENSION", broken)
     for _ in range(2):
         with pytest.raises(ImportError, match=r"_C\.abi3\.so.*does not load.*invalid ELF header"):
