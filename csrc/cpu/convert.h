@@ -37,9 +37,9 @@ FUSED_ELBO_INLINE void narrow(float x, double& to) { to = x; }
 
 FUSED_ELBO_INLINE void narrow(float x, BFloat16& to) {
   const uint32_t bits = math::bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const uint32_t quiet_nan = bits | 0x400000u;
+  to.bits = static_cast<uint16_t>((x == x ? rounded : quiet_nan) >> 16);
 }
 
 FUSED_ELBO_INLINE void narrow(float x, Float16& to) {

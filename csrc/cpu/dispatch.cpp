@@ -24,11 +24,16 @@ struct Level {
   decltype(&noise_words) write_noise_words;
 };
 
-#define FUSED_ELBO_LEVEL(level)                                                                                   \
-  {                                                                                                               \
-    #level, supports_##level, level::latent_workspace_bytes, level::likelihood_workspace_bytes,                   \
-        level::elbo_workspace_bytes, level::latent, level::likelihood, level::elbo, level::noise_words            \
-  }
+#define FUSED_ELBO_LEVEL(level)       \
+  {#level,                            \
+   supports_##level,                  \
+   level::latent_workspace_bytes,     \
+   level::likelihood_workspace_bytes, \
+   level::elbo_workspace_bytes,       \
+   level::latent,                     \
+   level::likelihood,                 \
+   level::elbo,                       \
+   level::noise_words}
 
 #if defined(__x86_64__)
 // The features that -march=x86-64-v3 and -v4 let the compiler use.
@@ -81,9 +86,7 @@ int64_t last_level_cache_bytes() {
   return bytes;
 }
 
-int64_t latent_workspace_bytes(const LatentArgs& args, Pass pass) {
-  return chosen().latent_bytes(args, pass);
-}
+int64_t latent_workspace_bytes(const LatentArgs& args, Pass pass) { return chosen().latent_bytes(args, pass); }
 int64_t likelihood_workspace_bytes(const LikelihoodArgs& args, Pass pass) {
   return chosen().likelihood_bytes(args, pass);
 }

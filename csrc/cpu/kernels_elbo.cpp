@@ -8,10 +8,13 @@ namespace cpu {
 namespace FUSED_ELBO_ISA {
 namespace {
 
+// Not whether mean has data: an empty tensor has none.
+bool has_own_latent(const ElboArgs& args) { return args.kl_given.data == nullptr; }
+
 template <typename T, typename U>
 void run_elbo(const ElboArgs& args, Pass pass, double* partials, const Context& context) {
   const LikelihoodArgs& reconstruction = args.reconstruction;
-  const bool has_latent = args.latent.mean.data != nullptr;
+  const bool has_latent = has_own_latent(args);
 
   struct Work {
     LikelihoodWork<T> likelihood;
@@ -82,7 +85,7 @@ void elbo(const ElboArgs& args, Pass pass, void* workspace, const Context& conte
 }
 
 int64_t elbo_workspace_bytes(const ElboArgs& args, Pass pass) {
-  const int64_t latent = args.latent.mean.data ? LatentWork<float>::partials_needed(args.latent, pass, true) : 0;
+  const int64_t latent = has_own_latent(args) ? LatentWork<float>::partials_needed(args.latent, pass, true) : 0;
   return (LikelihoodWork<float>::partials_needed(args.reconstruction, pass, true) + latent) *
          static_cast<int64_t>(sizeof(double));
 }

@@ -1,7 +1,7 @@
 // z = mean + exp(logvar/2) * eps, KL(q || p) and their gradients.
 //
-// Memory: forward reads 2 numbers per element and writes 1, backward reads 3 and writes 2; noise is generated where it is
-// used, in both directions. One exponential serves the standard deviation, the KL and its gradient.
+// Memory: forward reads 2 numbers per element and writes 1, backward reads 3 and writes 2; noise is generated where it
+// is used, in both directions. One exponential serves the standard deviation, the KL and its gradient.
 #include "latent.h"
 #include "latent_loops.h"
 
@@ -14,6 +14,7 @@ namespace {
 // indices in a unit get too short for the generator.
 constexpr int64_t kMaxInterleaved = 32;
 constexpr int64_t kRun = kUnit / 2 + 80;
+constexpr int64_t kNoiseBlock = 256;
 
 }  // namespace
 
@@ -35,6 +36,7 @@ struct LatentBuffers {
   alignas(64) T grad_z_eps[kBuffer];
   alignas(64) T runs[4 * kRun];
   alignas(64) T interleaved[kBuffer];
+  alignas(64) double rows[kUnit];
 };
 
 namespace {
@@ -82,7 +84,8 @@ FUSED_ELBO_INLINE void interleave_four(const T* const* runs, int64_t count, int6
 // Loops, by what is wanted. Without the KL the prior plays no part.
 
 template <typename T, class Scale>
-static auto pick_forward(bool learned_prior, bool nats, Samples samples) -> void (*)(const LatentArrays<T>&, int64_t) {
+static auto pick_forward(bool learned_prior, bool nats, Samples samples)
+    -> void (*)(const LatentArrays<T>&, int64_t, int64_t) {
   using Standard = math::StandardPrior<T>;
   using Learned = math::GaussianPrior<T>;
   if (!nats) {
@@ -105,7 +108,7 @@ static auto pick_forward(bool learned_prior, bool nats, Samples samples) -> void
 
 template <typename T, class Scale>
 static auto pick_backward(bool learned_prior, bool kl, bool nats, Samples samples)
-    -> void (*)(const LatentArrays<T>&, int64_t) {
+    -> void (*)(const LatentArrays<T>&, int64_t, int64_t) {
   using Standard = math::StandardPrior<T>;
   using Learned = math::GaussianPrior<T>;
   if (!kl) {
@@ -200,27 +203,31 @@ void LatentWork<T>::add_inputs(const Range& range, LatentBuffers<T>& buffers, La
   arrays.clamp_max = static_cast<T>(args_.clamp_max);
 }
 
+template <typename T>
+uint64_t LatentWork<T>::noise_index(const Range& range) const {
+  return static_cast<uint64_t>(args_.key.row_offset + range.row) * static_cast<uint64_t>(units_.event) +
+         static_cast<uint64_t>(channels_last_ ? 0 : range.first);
+}
+
 // Noise of a range in the order in which the event is walked through.
 template <typename T>
-const T* LatentWork<T>::noise(const Range& range, int64_t sample, LatentBuffers<T>& buffers) const {
-  const int64_t event = units_.event;
-  const uint64_t row_start = static_cast<uint64_t>(args_.key.row_offset + range.row) * static_cast<uint64_t>(event);
-  const uint32_t k = static_cast<uint32_t>(sample);
-  if (!channels_last_) return normals(noise_, k, row_start + range.first, range.rows * range.count, buffers.noise);
+const T* LatentWork<T>::noise(const NoiseGenerator& generator, const Range& range, LatentBuffers<T>& buffers) const {
+  const uint64_t index = noise_index(range);
+  if (!channels_last_) return normals(generator, index, range.rows * range.count, buffers.noise);
 
   // The index is logical, (channel, hw); memory is (hw, channel).
   const int64_t channels = args_.shape.size[0], pixels = args_.shape.size[1];
   const int64_t run = range.count / channels;
+  const int64_t event = units_.event;
   const bool whole = range.count == event;
-  const T* const all = whole ? normals(noise_, k, row_start, range.rows * event, buffers.noise) : nullptr;
+  const T* const all = whole ? normals(generator, index, range.rows * event, buffers.noise) : nullptr;
   for (int64_t row = 0; row < range.rows; ++row) {
     for (int64_t channel = 0; channel < channels; channel += 4) {
       const int64_t some = channels - channel < 4 ? channels - channel : 4;
       const T* runs[4] = {};
       for (int64_t j = 0; j < some; ++j) {
         const int64_t start = (channel + j) * pixels + range.first / channels;
-        runs[j] = whole ? all + row * event + start
-                        : normals(noise_, k, row_start + start, run, buffers.runs + j * kRun);
+        runs[j] = whole ? all + row * event + start : normals(generator, index + start, run, buffers.runs + j * kRun);
       }
       T* const to = buffers.interleaved + row * event + channel;
       if (some == 4) {
@@ -235,40 +242,70 @@ const T* LatentWork<T>::noise(const Range& range, int64_t sample, LatentBuffers<
   return buffers.interleaved;
 }
 
-// The coefficient of the KL's gradient for every element of a range.
+// Whether a block's coefficients serve every block of a unit.
 template <typename T>
-const T* LatentWork<T>::coefficients(const Range& range, LatentBuffers<T>& buffers) const {
+bool LatentWork<T>::repeats_coefficients(const Range& range) const {
+  return range.rows == 1 && args_.reduction != Reduction::kNone;
+}
+
+// The loop over a unit with one sample's noise, which is made block by block just before it is used: making all of it
+// first leaves memory idle meanwhile, and a third of the time is lost for tensors beyond the caches.
+template <typename T>
+void LatentWork<T>::run_loop(const NoiseGenerator& generator, const Range& range, LatentArrays<T>& arrays,
+                             LatentBuffers<T>& buffers) const {
+  const int64_t count = whole_groups(range.rows * range.count);
+  const bool coefficients_wanted = pass_ != Pass::kForward && args_.has_grad_kl;
+  if (channels_last_) {
+    arrays.eps = noise(generator, range, buffers);
+    if (coefficients_wanted) arrays.coefficient = coefficients(range, false, buffers);
+    loop_(arrays, 0, count);
+    return;
+  }
+  const uint64_t index = noise_index(range);
+  const bool repeated = repeats_coefficients(range);
+  const T* const all = coefficients_wanted ? coefficients(range, repeated, buffers) : nullptr;
+  for (int64_t begin = 0; begin < count; begin += kNoiseBlock) {
+    const int64_t end = count < begin + kNoiseBlock ? count : begin + kNoiseBlock;
+    arrays.eps = normals(generator, index + begin, end - begin, buffers.noise);
+    arrays.coefficient = coefficients_wanted && !repeated ? all + begin : all;
+    loop_(arrays, begin, end);
+  }
+}
+
+// The coefficient of the KL's gradient for every element of a range; repeated: for every element of a block.
+template <typename T>
+const T* LatentWork<T>::coefficients(const Range& range, bool repeated, LatentBuffers<T>& buffers) const {
   const double scale = args_.grad_kl_scale;
-  const int64_t total = range.rows * range.count;
-  if (args_.reduction == Reduction::kNone && grad_kl_ && !grad_kl_.is_constant(range)) {
+  if (args_.reduction == Reduction::kNone && grad_kl_) {
     const T* const values = input(grad_kl_, range, buffers.coefficient);
     if (scale == 1) return values;
-    for (int64_t i = 0; i < whole_groups(total); ++i) buffers.coefficient[i] = values[i] * static_cast<T>(scale);
+    const int64_t count = whole_groups(range.rows * range.count);
+    for (int64_t i = 0; i < count; ++i) buffers.coefficient[i] = values[i] * static_cast<T>(scale);
     return buffers.coefficient;
   }
-  for (int64_t row = 0; row < range.rows; ++row) {
-    const T value = static_cast<T>(grad_kl_ ? scale * read(grad_kl_, 0, range.row + row, range.first) : scale);
-    T* const to = buffers.coefficient + row * range.count;
-    // Past the end of the row: the next row overwrites it, and the last group is made whole.
-    for (int64_t i = 0; i < whole_groups(range.count); ++i) to[i] = value;
-  }
+  for (int64_t row = 0; row < range.rows; ++row) buffers.rows[row] = 1;
+  if (grad_kl_) read_rows(grad_kl_, range, buffers.rows);
+  for (int64_t row = 0; row < range.rows; ++row) buffers.rows[row] *= scale;
+  Range filled = range;
+  if (repeated && filled.count > kNoiseBlock) filled.count = kNoiseBlock;
+  fill_rows(buffers.rows, filled, buffers.coefficient);
   return buffers.coefficient;
 }
 
 template <typename T>
-void LatentWork<T>::reduce_nats(const Range& range, const T* nats) const {
-  for (int64_t row = 0; row < range.rows; ++row) {
-    const double total = sum(nats + row * range.count, range.count);
-    if (partials_) {
-      partials_[(range.row + row) * units_.segments + range.first / units_.segment] = total;
-    } else {
-      write(kl_, 0, range.row + row, 0, total);
-    }
+void LatentWork<T>::reduce_nats(const Range& range, LatentBuffers<T>& buffers) const {
+  if (partials_) {
+    // A unit has several rows only where a row has one segment.
+    sum_rows(buffers.nats, range.rows, range.count,
+             partials_ + range.row * units_.segments + range.first / units_.segment);
+  } else {
+    sum_rows(buffers.nats, range.rows, range.count, buffers.rows);
+    write_rows(kl_, range, buffers.rows);
   }
 }
 
 template <typename T>
-void LatentWork<T>::forward_unit(const Range& range, LatentBuffers<T>& buffers) const {
+void LatentWork<T>::forward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const {
   const int64_t count = whole_groups(range.rows * range.count);
   const bool nats = wants_nats(args_, pass_);
   const bool elementwise = nats && args_.reduction == Reduction::kNone;
@@ -278,17 +315,15 @@ void LatentWork<T>::forward_unit(const Range& range, LatentBuffers<T>& buffers) 
   arrays.std = buffers.second;
   const int64_t samples = z_ ? args_.shape.samples : 0;
   if (samples == 1) {
-    arrays.eps = noise(range, 0, buffers);
     arrays.z = output(z_, range, buffers.first);
-  }
-  loop_(arrays, count);
-  if (samples == 1) {
+    run_loop(first, range, arrays, buffers);
     store_output(z_, range, arrays.z, buffers.first);
   } else {
+    loop_(arrays, 0, count);
     for (int64_t k = 0; k < samples; ++k) {
       Range one = range;
       one.sample = k;
-      const T* const eps = noise(range, k, buffers);
+      const T* const eps = noise(NoiseGenerator(noise_, static_cast<uint32_t>(k)), range, buffers);
       T* const z = output(z_, one, buffers.first);
       for (int64_t group = 0; group < count; group += kLanes) {
         FUSED_ELBO_INDEPENDENT
@@ -303,12 +338,12 @@ void LatentWork<T>::forward_unit(const Range& range, LatentBuffers<T>& buffers) 
   if (elementwise) {
     store_output(kl_, range, arrays.nats, buffers.nats);
   } else if (nats) {
-    reduce_nats(range, arrays.nats);
+    reduce_nats(range, buffers);
   }
 }
 
 template <typename T>
-void LatentWork<T>::backward_unit(const Range& range, LatentBuffers<T>& buffers) const {
+void LatentWork<T>::backward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const {
   const int64_t count = whole_groups(range.rows * range.count);
   LatentArrays<T> arrays;
   arrays.grad_mean = output(grad_mean_, range, buffers.first);
@@ -318,10 +353,9 @@ void LatentWork<T>::backward_unit(const Range& range, LatentBuffers<T>& buffers)
   arrays.nats = buffers.nats;
   if (loop_) {
     add_inputs(range, buffers, arrays);
-    if (args_.has_grad_kl) arrays.coefficient = coefficients(range, buffers);
     if (grad_z_ && args_.shape.samples == 1) {
       arrays.grad_z = input(grad_z_, range, buffers.grad_z);
-      arrays.eps = noise(range, 0, buffers);
+      run_loop(first, range, arrays, buffers);
     } else if (grad_z_) {
       T *const total = buffers.grad_z_sum, *const total_eps = buffers.grad_z_eps;
       for (int64_t i = 0; i < count; ++i) total[i] = total_eps[i] = 0;
@@ -329,7 +363,7 @@ void LatentWork<T>::backward_unit(const Range& range, LatentBuffers<T>& buffers)
         Range one = range;
         one.sample = k;
         const T* const grad_z = input(grad_z_, one, buffers.grad_z);
-        const T* const eps = noise(range, k, buffers);
+        const T* const eps = noise(NoiseGenerator(noise_, static_cast<uint32_t>(k)), range, buffers);
         for (int64_t group = 0; group < count; group += kLanes) {
           FUSED_ELBO_INDEPENDENT
           for (int lane = 0; lane < kLanes; ++lane) {
@@ -342,7 +376,10 @@ void LatentWork<T>::backward_unit(const Range& range, LatentBuffers<T>& buffers)
       arrays.grad_z_sum = total;
       arrays.grad_z_eps = total_eps;
     }
-    loop_(arrays, count);
+    if (!grad_z_ || args_.shape.samples > 1) {
+      if (args_.has_grad_kl) arrays.coefficient = coefficients(range, false, buffers);
+      loop_(arrays, 0, count);
+    }
   } else {
     for (int64_t i = 0; i < count; ++i) arrays.grad_mean[i] = arrays.grad_logvar[i] = 0;
   }
@@ -353,18 +390,19 @@ void LatentWork<T>::backward_unit(const Range& range, LatentBuffers<T>& buffers)
   store_output(grad_logvar_, range, arrays.grad_logvar, buffers.second);
   store_output(grad_prior_mean_, range, arrays.grad_prior_mean, buffers.grad_prior_mean);
   store_output(grad_prior_logvar_, range, arrays.grad_prior_logvar, buffers.grad_prior_logvar);
-  if (wants_nats(args_, pass_)) reduce_nats(range, arrays.nats);
+  if (wants_nats(args_, pass_)) reduce_nats(range, buffers);
 }
 
 template <typename T>
 void LatentWork<T>::run(int64_t begin, int64_t end) const {
   if (pass_ == Pass::kForward && !loop_) return;
   LatentBuffers<T> buffers;
+  const NoiseGenerator first(noise_, 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     if (pass_ == Pass::kForward) {
-      forward_unit(units_.range(unit), buffers);
+      forward_unit(first, units_.range(unit), buffers);
     } else {
-      backward_unit(units_.range(unit), buffers);
+      backward_unit(first, units_.range(unit), buffers);
     }
   }
 }

@@ -1,11 +1,10 @@
 // log N(x; mean, e^logvar) and its gradients.
 //
-// Memory: reads x and mean, and logvar where it has one value per element; backward writes the gradient of mean, and of such
-// a logvar. Everything else is small: these kernels run at the speed of memory.
-#include "likelihood.h"
-
+// Memory: reads x and mean, and logvar where it has one value per element; backward writes the gradient of mean, and of
+// such a logvar. Everything else is small: these kernels run at the speed of memory.
 #include "../math/gaussian.h"
 #include "level.h"
+#include "likelihood.h"
 
 namespace fused_elbo {
 namespace cpu {
@@ -21,6 +20,12 @@ struct LikelihoodBuffers {
   alignas(64) T grad_mean[kBuffer];
   alignas(64) T grad_x[kBuffer];
   alignas(64) T grad_logvar[kBuffer];
+  // Per row of the unit.
+  alignas(64) double row_upstream[kUnit];
+  alignas(64) double row_logvar[kUnit];
+  alignas(64) double row_precision[kUnit];
+  alignas(64) double row_value[kUnit];
+  alignas(64) double row_grad_logvar[kUnit];
 };
 
 namespace {
@@ -62,68 +67,111 @@ struct ConstantArrays {
   T *squares, *grad_mean;
 };
 
-template <typename T, bool kSquares, bool kGradMean, bool kScalar>
-void constant_loop(const ConstantArrays<T>& arrays, int64_t count) {
+// What becomes of the squared differences.
+enum class Squares { kNone, kStored, kSummed };
+
+template <typename T, Squares kSquares, bool kGradMean, bool kScalar>
+__attribute__((noinline)) double constant_loop(const ConstantArrays<T>& arrays, int64_t count) {
   const T *const x = arrays.x, *const mean = arrays.mean, *const factor = arrays.factor;
   T *const squares = arrays.squares, *const grad_mean = arrays.grad_mean;
   const T scalar = arrays.scalar;
-  for (int64_t group = 0; group < count; group += kLanes) {
-    FUSED_ELBO_INDEPENDENT
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t i = group + lane;
-      const T difference = x[i] - mean[i];
-      if constexpr (kSquares) squares[i] = difference * difference;
-      if constexpr (kGradMean) grad_mean[i] = (kScalar ? scalar : factor[i]) * difference;
+  const auto element = [=](int64_t i) __attribute__((always_inline)) {
+    const T difference = x[i] - mean[i];
+    if constexpr (kGradMean) grad_mean[i] = (kScalar ? scalar : factor[i]) * difference;
+    return difference * difference;
+  };
+  if constexpr (kSquares == Squares::kSummed) {
+    return sum_terms<T>(count, element);
+  } else {
+    for (int64_t group = 0; group < count; group += kLanes) {
+      FUSED_ELBO_INDEPENDENT
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const T square = element(group + lane);
+        if constexpr (kSquares == Squares::kStored) squares[group + lane] = square;
+      }
     }
+    return 0;
   }
 }
 
-template <typename T>
-void run_constant_loop(const ConstantArrays<T>& arrays, int64_t count, bool squares, bool grad_mean) {
-  if (!grad_mean) {
-    constant_loop<T, true, false, false>(arrays, count);
-  } else if (squares) {
-    arrays.factor ? constant_loop<T, true, true, false>(arrays, count) : constant_loop<T, true, true, true>(arrays, count);
-  } else {
-    arrays.factor ? constant_loop<T, false, true, false>(arrays, count)
-                  : constant_loop<T, false, true, true>(arrays, count);
+template <typename T, bool kGradMean, bool kScalar>
+double pick_constant_loop(const ConstantArrays<T>& arrays, int64_t count, Squares squares) {
+  switch (squares) {
+    case Squares::kNone:
+      return kGradMean ? constant_loop<T, Squares::kNone, kGradMean, kScalar>(arrays, count) : 0;
+    case Squares::kStored:
+      return constant_loop<T, Squares::kStored, kGradMean, kScalar>(arrays, count);
+    case Squares::kSummed:
+      return constant_loop<T, Squares::kSummed, kGradMean, kScalar>(arrays, count);
   }
+  __builtin_unreachable();
+}
+
+template <typename T>
+double run_constant_loop(const ConstantArrays<T>& arrays, int64_t count, Squares squares, bool grad_mean) {
+  if (!grad_mean) return pick_constant_loop<T, false, true>(arrays, count, squares);
+  return arrays.factor ? pick_constant_loop<T, true, false>(arrays, count, squares)
+                       : pick_constant_loop<T, true, true>(arrays, count, squares);
 }
 
 template <typename T>
 struct ElementwiseArrays {
   const T *x, *mean, *logvar, *upstream;
   T *value, *grad_mean, *grad_logvar;
+  int64_t count;  // without the padding
 };
 
-template <typename T, bool kValue, bool kGradMean, bool kGradLogvar>
-void elementwise_loop(const ElementwiseArrays<T>& arrays, int64_t count) {
+// What becomes of the values.
+enum class Values { kNone, kStored, kSummed };
+
+template <typename T, Values kValues, bool kGradMean, bool kGradLogvar>
+__attribute__((noinline)) double elementwise_loop(const ElementwiseArrays<T>& arrays, int64_t count) {
   const T *const x = arrays.x, *const mean = arrays.mean, *const logvar = arrays.logvar;
   const T* const upstream = arrays.upstream;
   T *const value = arrays.value, *const grad_mean = arrays.grad_mean, *const grad_logvar = arrays.grad_logvar;
-  for (int64_t group = 0; group < count; group += kLanes) {
+  const auto element = [=](int64_t i) __attribute__((always_inline)) {
+    const math::LikelihoodTerms<T> terms = math::likelihood_terms(x[i], mean[i], logvar[i], math::exp(-logvar[i]));
+    if constexpr (kGradMean) grad_mean[i] = upstream[i] * terms.by_mean;
+    if constexpr (kGradLogvar) grad_logvar[i] = upstream[i] * terms.by_logvar;
+    return terms.value;
+  };
+  // What is past the end of a ragged range must not be summed: its group is stored.
+  const int64_t summed = kValues == Values::kSummed ? arrays.count / kLanes * kLanes : 0;
+  const double total = kValues == Values::kSummed ? sum_terms<T>(summed, element) : 0;
+  for (int64_t group = summed; group < count; group += kLanes) {
     FUSED_ELBO_INDEPENDENT
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t i = group + lane;
-      const math::LikelihoodTerms<T> terms = math::likelihood_terms(x[i], mean[i], logvar[i], math::exp(-logvar[i]));
-      if constexpr (kValue) value[i] = terms.value;
-      if constexpr (kGradMean) grad_mean[i] = upstream[i] * terms.by_mean;
-      if constexpr (kGradLogvar) grad_logvar[i] = upstream[i] * terms.by_logvar;
+      const T each = element(group + lane);
+      if constexpr (kValues != Values::kNone) value[group + lane] = each;
     }
   }
+  double rest = 0;
+  if constexpr (kValues == Values::kSummed) {
+    for (int64_t i = summed; i < arrays.count; ++i) rest += value[i];
+  }
+  return total + rest;
 }
 
-template <typename T, bool kValue>
-void run_elementwise_loop(const ElementwiseArrays<T>& arrays, int64_t count, bool grad_mean, bool grad_logvar) {
-  if (grad_mean && grad_logvar) {
-    elementwise_loop<T, kValue, true, true>(arrays, count);
-  } else if (grad_mean) {
-    elementwise_loop<T, kValue, true, false>(arrays, count);
-  } else if (grad_logvar) {
-    elementwise_loop<T, kValue, false, true>(arrays, count);
-  } else {
-    elementwise_loop<T, kValue, false, false>(arrays, count);
+template <typename T, Values kValues>
+double pick_elementwise_loop(const ElementwiseArrays<T>& arrays, int64_t count, bool grad_mean, bool grad_logvar) {
+  if (grad_mean && grad_logvar) return elementwise_loop<T, kValues, true, true>(arrays, count);
+  if (grad_mean) return elementwise_loop<T, kValues, true, false>(arrays, count);
+  if (grad_logvar) return elementwise_loop<T, kValues, false, true>(arrays, count);
+  return kValues == Values::kNone ? 0 : elementwise_loop<T, kValues, false, false>(arrays, count);
+}
+
+template <typename T>
+double run_elementwise_loop(const ElementwiseArrays<T>& arrays, int64_t count, Values values, bool grad_mean,
+                            bool grad_logvar) {
+  switch (values) {
+    case Values::kNone:
+      return pick_elementwise_loop<T, Values::kNone>(arrays, count, grad_mean, grad_logvar);
+    case Values::kStored:
+      return pick_elementwise_loop<T, Values::kStored>(arrays, count, grad_mean, grad_logvar);
+    case Values::kSummed:
+      return pick_elementwise_loop<T, Values::kSummed>(arrays, count, grad_mean, grad_logvar);
   }
+  __builtin_unreachable();
 }
 
 }  // namespace
@@ -149,8 +197,8 @@ typename LikelihoodWork<T>::Cut LikelihoodWork<T>::Cut::of(const LikelihoodArgs&
   const Shape& shape = args.shape;
   const bool grad_logvar = wants_grad_logvar(args, pass);
   const int64_t inner = args.logvar.data ? args.logvar_inner : shape.event;
-  const bool by_runs = inner >= kMinRun && inner < shape.event &&
-                       shape.event % inner == 0 && Order(args, grad_logvar).logical;
+  const bool by_runs =
+      inner >= kMinRun && inner < shape.event && shape.event % inner == 0 && Order(args, grad_logvar).logical;
   if (by_runs) {
     const int64_t runs = shape.event / inner;
     return {runs, Units(shape.samples, shape.rows * runs, inner, 1, true)};
@@ -216,7 +264,8 @@ LikelihoodWork<T>::LikelihoodWork(const LikelihoodArgs& args, Pass pass, double*
     grad_ll_ = view(args.grad_ll);
     grad_mean_ = view(args.grad_mean);
     grad_x_ = view(args.grad_x);
-    const int64_t bytes = args.shape.samples * args.shape.rows * args.shape.event * (args.dtype == DType::kFloat64 ? 8 : 4);
+    const int64_t bytes =
+        args.shape.samples * args.shape.rows * args.shape.event * (args.dtype == DType::kFloat64 ? 8 : 4);
     grad_mean_.stream = grad_x_.stream = bytes > (int64_t{1} << 22) && bytes > last_level_cache_bytes();
   }
   if (grad_logvar_wanted_) {
@@ -236,49 +285,47 @@ LikelihoodWork<T>::LikelihoodWork(const LikelihoodArgs& args, Pass pass, double*
   }
 }
 
-// The upstream gradient of a row's sum; the same for all of a range's elements.
+// The upstream gradient of each row's sum, the same for all of the range's elements.
 template <typename T>
-double LikelihoodWork<T>::upstream_of_row(const Range& range, int64_t row) const {
-  return grad_ll_ ? args_.grad_ll_scale * read(grad_ll_, range.sample, range.row + row, range.first)
-                  : args_.grad_ll_scale;
+void LikelihoodWork<T>::read_upstream(const Range& range, LikelihoodBuffers<T>& buffers) const {
+  for (int64_t row = 0; row < range.rows; ++row) buffers.row_upstream[row] = 1;
+  if (grad_ll_) read_rows(grad_ll_, range, buffers.row_upstream);
+  for (int64_t row = 0; row < range.rows; ++row) buffers.row_upstream[row] *= args_.grad_ll_scale;
 }
 
 template <typename T>
 const T* LikelihoodWork<T>::upstream(const Range& range, LikelihoodBuffers<T>& buffers) const {
-  if (args_.reduction == Reduction::kNone && grad_ll_ && args_.grad_ll_scale == 1) {
-    return input(grad_ll_, range, buffers.upstream);
-  }
-  if (args_.reduction == Reduction::kNone && grad_ll_) {
-    const T* const values = input(grad_ll_, range, buffers.upstream);
-    const T scale = static_cast<T>(args_.grad_ll_scale);
-    for (int64_t i = 0; i < whole_groups(range.rows * range.count); ++i) buffers.upstream[i] = scale * values[i];
+  if (args_.reduction != Reduction::kNone || !grad_ll_) {
+    read_upstream(range, buffers);
+    fill_rows(buffers.row_upstream, range, buffers.upstream);
     return buffers.upstream;
   }
-  for (int64_t row = 0; row < range.rows; ++row) {
-    const T value = static_cast<T>(upstream_of_row(range, row));
-    T* const to = buffers.upstream + row * range.count;
-    // Past the end of the row: the next row overwrites it, and the last group is made whole.
-    for (int64_t i = 0; i < whole_groups(range.count); ++i) to[i] = value;
-  }
+  const T* const values = input(grad_ll_, range, buffers.upstream);
+  if (args_.grad_ll_scale == 1) return values;
+  const T scale = static_cast<T>(args_.grad_ll_scale);
+  for (int64_t i = 0; i < whole_groups(range.rows * range.count); ++i) buffers.upstream[i] = scale * values[i];
   return buffers.upstream;
 }
 
 template <typename T>
-void LikelihoodWork<T>::reduce_value(const Piece& piece, int64_t row, double value) const {
+void LikelihoodWork<T>::reduce_values(const Piece& piece, const double* values) const {
   if (partials_ == nullptr) {
-    write(ll_, piece.range.sample, piece.range.row + row, 0, value);
+    write_rows(ll_, piece.range, values);
   } else {
-    partials_[piece.partial + row * cut_.per_row()] = value;
+    // A unit has several rows only where a row has one partial result.
+    for (int64_t row = 0; row < piece.range.rows; ++row) partials_[piece.partial + row] = values[row];
   }
 }
 
 // The gradient of a logvar shared by all of a row's elements in this unit.
 template <typename T>
-void LikelihoodWork<T>::reduce_grad_logvar(const Piece& piece, int64_t row, double value) const {
+void LikelihoodWork<T>::reduce_grad_logvar(const Piece& piece, const double* values) const {
   if (logvar_partials_ == nullptr) {
-    write(grad_logvar_, piece.range.sample, piece.range.row + row, piece.range.first / args_.logvar_inner, value);
+    Range range = piece.range;
+    range.first /= args_.logvar_inner;
+    write_rows(grad_logvar_, range, values);
   } else {
-    logvar_partials_[piece.partial + row * cut_.per_row()] = value;
+    for (int64_t row = 0; row < piece.range.rows; ++row) logvar_partials_[piece.partial + row] = values[row];
   }
 }
 
@@ -304,33 +351,50 @@ void LikelihoodWork<T>::constant_unit(const Piece& piece, LikelihoodBuffers<T>& 
   arrays.squares = buffers.value;
   arrays.grad_mean = output(grad_mean_, range, buffers.grad_mean);
   arrays.factor = nullptr;
-  const auto logvar_of = [&](int64_t row) {
-    return one_logvar_ ? logvar_value_ : read(logvar_, range.sample, range.row + row, range.first);
-  };
-  const auto precision_of = [&](double logvar) { return one_logvar_ ? precision_ : __builtin_exp(-logvar); };
+  if (!squares && !grad_mean_wanted_) return;
+  for (int64_t row = 0; row < range.rows; ++row) {
+    buffers.row_logvar[row] = logvar_value_;
+    buffers.row_precision[row] = precision_;
+  }
+  if (!one_logvar_) {
+    read_rows(logvar_, range, buffers.row_logvar);
+    for (int64_t row = 0; row < range.rows; ++row) buffers.row_precision[row] = __builtin_exp(-buffers.row_logvar[row]);
+  }
+  if (grad_mean_wanted_ || grad_logvar_wanted_) read_upstream(range, buffers);
   if (grad_mean_wanted_) {
+    double* const factors = buffers.row_value;
     for (int64_t row = 0; row < range.rows; ++row) {
-      const T factor = static_cast<T>(upstream_of_row(range, row) * precision_of(logvar_of(row)));
-      if (range.rows == 1) {
-        arrays.scalar = factor;
-        break;
-      }
-      T* const to = buffers.upstream + row * range.count;
-      for (int64_t i = 0; i < whole_groups(range.count); ++i) to[i] = factor;
+      factors[row] = buffers.row_upstream[row] * buffers.row_precision[row];
+    }
+    arrays.scalar = static_cast<T>(factors[0]);
+    if (range.rows > 1) {
+      fill_rows(factors, range, buffers.upstream);
       arrays.factor = buffers.upstream;
     }
   }
-  if (!squares && !grad_mean_wanted_) return;
-  run_constant_loop(arrays, count, squares, grad_mean_wanted_);
+  // By how rows are cut, not by how many this unit has: a row is summed alike in every batch.
+  const bool summed = cut_.units.rows_per_unit == 1;
+  const double total = run_constant_loop(arrays, count,
+                                         !squares ? Squares::kNone
+                                         : summed ? Squares::kSummed
+                                                  : Squares::kStored,
+                                         grad_mean_wanted_);
   store_grad_mean(range, arrays.grad_mean, buffers);
   if (!squares) return;
+  double* const values = buffers.row_value;
   const double n = static_cast<double>(range.count);
-  for (int64_t row = 0; row < range.rows; ++row) {
-    const double logvar = logvar_of(row);
-    const double quadratic = precision_of(logvar) * sum(arrays.squares + row * range.count, range.count);
-    if (value_) reduce_value(piece, row, -0.5 * (quadratic + n * (logvar + math::kLog2Pi)));
-    if (grad_logvar_wanted_) reduce_grad_logvar(piece, row, 0.5 * upstream_of_row(range, row) * (quadratic - n));
+  if (summed) {
+    values[0] = total;
+  } else {
+    sum_rows(arrays.squares, range.rows, range.count, values);
   }
+  for (int64_t row = 0; row < range.rows; ++row) {
+    const double quadratic = buffers.row_precision[row] * values[row];
+    values[row] = -0.5 * (quadratic + n * (buffers.row_logvar[row] + math::kLog2Pi));
+    if (grad_logvar_wanted_) buffers.row_grad_logvar[row] = 0.5 * buffers.row_upstream[row] * (quadratic - n);
+  }
+  if (value_) reduce_values(piece, values);
+  if (grad_logvar_wanted_) reduce_grad_logvar(piece, buffers.row_grad_logvar);
 }
 
 template <typename T>
@@ -353,26 +417,34 @@ void LikelihoodWork<T>::elementwise_unit(const Piece& piece, LikelihoodBuffers<T
   arrays.value = value_each ? output(ll_, range, buffers.value) : buffers.value;
   arrays.grad_mean = output(grad_mean_, range, buffers.grad_mean);
   arrays.grad_logvar = grad_logvar_each ? output(grad_logvar_, range, buffers.grad_logvar) : buffers.grad_logvar;
-  if (value_) {
-    run_elementwise_loop<T, true>(arrays, count, grad_mean_wanted_, grad_logvar_wanted_);
-  } else {
-    run_elementwise_loop<T, false>(arrays, count, grad_mean_wanted_, grad_logvar_wanted_);
-  }
+  arrays.count = range.rows * range.count;
+  const bool summed = cut_.units.rows_per_unit == 1 && !value_each;
+  const double total = run_elementwise_loop(arrays, count,
+                                            !value_  ? Values::kNone
+                                            : summed ? Values::kSummed
+                                                     : Values::kStored,
+                                            grad_mean_wanted_, grad_logvar_wanted_);
   store_grad_mean(range, arrays.grad_mean, buffers);
   if (value_each) store_output(ll_, range, arrays.value, buffers.value);
   if (grad_logvar_each) store_output(grad_logvar_, range, arrays.grad_logvar, buffers.grad_logvar);
-  for (int64_t row = 0; row < range.rows; ++row) {
-    if (value_ && !value_each) reduce_value(piece, row, sum(arrays.value + row * range.count, range.count));
-    if (!grad_logvar_wanted_ || grad_logvar_each) continue;
-    const T* const gradients = arrays.grad_logvar + row * range.count;
-    if (logvar_partials_) {
-      reduce_grad_logvar(piece, row, sum(gradients, range.count));
-      continue;
+  if (value_ && !value_each) {
+    if (summed) {
+      buffers.row_value[0] = total;
+    } else {
+      sum_rows(arrays.value, range.rows, range.count, buffers.row_value);
     }
-    for (int64_t i = 0; i < range.count; i += inner) {
-      write(grad_logvar_, range.sample, range.row + row, (range.first + i) / inner, sum(gradients + i, inner));
-    }
+    reduce_values(piece, buffers.row_value);
   }
+  if (!grad_logvar_wanted_ || grad_logvar_each) return;
+  if (logvar_partials_) {
+    sum_rows(arrays.grad_logvar, range.rows, range.count, buffers.row_grad_logvar);
+    reduce_grad_logvar(piece, buffers.row_grad_logvar);
+    return;
+  }
+  const int64_t runs = range.count / inner;
+  sum_rows(arrays.grad_logvar, range.rows * runs, inner, buffers.row_grad_logvar);
+  const Range by_run{range.sample, range.row, range.rows, range.first / inner, runs};
+  store(grad_logvar_, by_run, buffers.row_grad_logvar);
 }
 
 template <typename T>

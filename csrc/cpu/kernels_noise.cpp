@@ -1,5 +1,5 @@
-// Normals in blocks of 64 counters (256 elements), in three phases: Philox, Box-Muller, interleave. Each phase keeps its
-// constants in registers; running them per vector instead spills and costs a third more.
+// Normals in blocks of 64 counters (256 elements), in three phases: Philox, Box-Muller, interleave. Each phase keeps
+// its constants in registers; running them per vector instead spills and costs a third more.
 #include "../math/normal.h"
 #include "../math/philox.h"
 #include "noise.h"
@@ -12,8 +12,8 @@ namespace {
 constexpr int kBlockCounters = 64;
 static_assert(kBlockCounters % kLanes == 0 && kLanes % kWidth == 0, "a block is whole vectors");
 
-// Words and normals of a block, one array per word of the counters. Inside each vector of kWidth lanes, counter c sits in
-// lane lane_of(c): four lanes of a 128-bit part hold counters kWidth/4 apart, so that the interleave needs no
+// Words and normals of a block, one array per word of the counters. Inside each vector of kWidth lanes, counter c sits
+// in lane lane_of(c): four lanes of a 128-bit part hold counters kWidth/4 apart, so that the interleave needs no
 // shuffle across those parts.
 struct Words {
   alignas(64) uint32_t word[4][kBlockCounters];
@@ -29,33 +29,17 @@ FUSED_ELBO_INLINE constexpr int counter_of_lane(int lane) {
 
 FUSED_ELBO_INLINE WordVector broadcast(uint64_t value) { return WordVector{} + value; }
 
-// What a whole call shares. Vectors in memory, because broadcasting them anew from general registers costs a third of Philox.
-struct Generator {
-  uint64_t seed;
-  uint32_t sample, stream;
-  WordVector key0[math::kPhiloxRounds], key1[math::kPhiloxRounds];
-};
-
-FUSED_ELBO_INLINE void make_generator(const Noise& noise, uint32_t sample, Generator& generator) {
-  generator.seed = noise.seed;
-  generator.sample = sample;
-  generator.stream = noise.stream;
-  for (uint32_t round = 0; round < math::kPhiloxRounds; ++round) {
-    generator.key0[round] = broadcast(static_cast<uint32_t>(static_cast<uint32_t>(noise.seed) + round * math::kPhiloxWeyl0));
-    generator.key1[round] =
-        broadcast(static_cast<uint32_t>(static_cast<uint32_t>(noise.seed >> 32) + round * math::kPhiloxWeyl1));
-  }
-  asm volatile("" : "+m"(generator));
-}
+using Generator = NoiseGenerator;
 
 // Vectors in flight: a round is a chain of 5 or 6 cycles, and one vector's two halves do not fill it.
 constexpr int kVectors = 2;
 constexpr int kParts = 2 * kVectors;
 
-// Philox on kVectors * kWidth consecutive counters that share the upper 32 bits. A vector of counters is two parts of 64-bit
-// lanes (the even and the odd 32-bit lanes of the result); upper halves carry garbage that the multiplication ignores.
-FUSED_ELBO_INLINE void philox_vectors(uint32_t counter_low, uint32_t counter_high, const Generator& generator, uint32_t* w0,
-                                      uint32_t* w1, uint32_t* w2, uint32_t* w3) {
+// Philox on kVectors * kWidth consecutive counters that share the upper 32 bits. A vector of counters is two parts of
+// 64-bit lanes (the even and the odd 32-bit lanes of the result); upper halves carry garbage that the multiplication
+// ignores.
+FUSED_ELBO_INLINE void philox_vectors(uint32_t counter_low, uint32_t counter_high, const Generator& generator,
+                                      uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
   const WordVector* const key0 = generator.key0;
   const WordVector* const key1 = generator.key1;
   const WordVector multiplier0 = broadcast(math::kPhiloxMultiplier0);
@@ -73,7 +57,8 @@ FUSED_ELBO_INLINE void philox_vectors(uint32_t counter_low, uint32_t counter_hig
 #pragma GCC unroll 8
   for (int part = 0; part < kParts; ++part) {
     WordVector offsets;
-    for (int lane = 0; lane < kWidth / 2; ++lane) offsets[lane] = part / 2 * kWidth + counter_of_lane(2 * lane + part % 2);
+    for (int lane = 0; lane < kWidth / 2; ++lane)
+      offsets[lane] = part / 2 * kWidth + counter_of_lane(2 * lane + part % 2);
     const WordVector product0 = multiply_low_halves(broadcast(counter_low) + offsets, multiplier0);
     const WordVector product1 = multiply_low_halves((product0 >> 32) ^ round1_key, multiplier1);
     c0[part] = (product1 >> 32) ^ round2_key0;
@@ -105,8 +90,8 @@ FUSED_ELBO_INLINE void philox_vectors(uint32_t counter_low, uint32_t counter_hig
 }
 
 // The lower half of the counter wraps inside these vectors: once in 2^34 elements.
-__attribute__((noinline, cold)) void philox_wrapping(uint64_t counter, const Generator& generator, uint32_t* w0, uint32_t* w1,
-                                                     uint32_t* w2, uint32_t* w3) {
+__attribute__((noinline, cold)) void philox_wrapping(uint64_t counter, const Generator& generator, uint32_t* w0,
+                                                     uint32_t* w1, uint32_t* w2, uint32_t* w3) {
   for (int lane = 0; lane < kVectors * kWidth; ++lane) {
     const math::PhiloxWords w =
         math::philox4x32(counter + counter_of_lane(lane), generator.sample, generator.stream, generator.seed);
@@ -175,9 +160,7 @@ FUSED_ELBO_INLINE void interleave_phase(const Normals<double>& normals, int coun
 }
 
 template <typename T>
-FUSED_ELBO_INLINE const T* generate(const Noise& noise, uint32_t sample, uint64_t first, int64_t count, T* buffer) {
-  Generator generator;
-  make_generator(noise, sample, generator);
+FUSED_ELBO_INLINE const T* generate(const Generator& generator, uint64_t first, int64_t count, T* buffer) {
   const int64_t offset = static_cast<int64_t>(first % 4);
   const uint64_t counter = first / 4;
   const int64_t counters = (offset + count + 3) / 4;
@@ -185,8 +168,7 @@ FUSED_ELBO_INLINE const T* generate(const Noise& noise, uint32_t sample, uint64_
   Normals<T> normals;
   for (int64_t i = 0; i < counters; i += kBlockCounters) {
     const int64_t left = counters - i;
-    const int block =
-        left < kBlockCounters ? static_cast<int>((left + kLanes - 1) / kLanes * kLanes) : kBlockCounters;
+    const int block = left < kBlockCounters ? static_cast<int>((left + kLanes - 1) / kLanes * kLanes) : kBlockCounters;
     philox_phase(counter + i, block, generator, words);
     asm volatile("" : "+m"(words));  // without these walls g++ merges the phases and falls back to scalar code
     box_muller_phase(words, block, normals);
@@ -198,20 +180,30 @@ FUSED_ELBO_INLINE const T* generate(const Noise& noise, uint32_t sample, uint64_
 
 }  // namespace
 
-__attribute__((noinline)) const float* normals(const Noise& noise, uint32_t sample, uint64_t first, int64_t count,
-                                               float* buffer) {
-  return generate(noise, sample, first, count, buffer);
+NoiseGenerator::NoiseGenerator(const Noise& noise, uint32_t sample)
+    : seed(noise.seed), sample(sample), stream(noise.stream) {
+  uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < math::kPhiloxRounds; ++round) {
+    key0[round] = broadcast(low);
+    key1[round] = broadcast(high);
+    low += math::kPhiloxWeyl0;
+    high += math::kPhiloxWeyl1;
+  }
 }
 
-__attribute__((noinline)) const double* normals(const Noise& noise, uint32_t sample, uint64_t first, int64_t count,
+__attribute__((noinline)) const float* normals(const NoiseGenerator& generator, uint64_t first, int64_t count,
+                                               float* buffer) {
+  return generate(generator, first, count, buffer);
+}
+
+__attribute__((noinline)) const double* normals(const NoiseGenerator& generator, uint64_t first, int64_t count,
                                                 double* buffer) {
-  return generate(noise, sample, first, count, buffer);
+  return generate(generator, first, count, buffer);
 }
 
 // Through the vector path, so that its words are what the tests see.
 void noise_words(const NoiseKey& key, int64_t sample, int64_t first, int64_t count, int64_t* out) {
-  Generator generator;
-  make_generator(make_noise(key), static_cast<uint32_t>(sample), generator);
+  const Generator generator(make_noise(key), static_cast<uint32_t>(sample));
   Words words;
   for (int64_t i = 0; i < count; i += kVectors * kWidth) {
     philox_phase(static_cast<uint64_t>(first) + i, kVectors * kWidth, generator, words);

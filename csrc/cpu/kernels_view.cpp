@@ -8,10 +8,6 @@ namespace cpu {
 namespace FUSED_ELBO_ISA {
 namespace {
 
-FUSED_ELBO_INLINE int64_t item_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 FUSED_ELBO_INLINE int64_t offset_of(const View& view, int64_t sample, int64_t row, int64_t element) {
   int64_t offset = sample * view.sample_stride + row * view.row_stride;
   for (int d = view.dims - 1; d > 0; --d) {
@@ -21,7 +17,8 @@ FUSED_ELBO_INLINE int64_t offset_of(const View& view, int64_t sample, int64_t ro
   return offset + element * view.stride[0];
 }
 
-// Calls run(offset, step, length, position) for each stretch along the innermost dimension, in order; offset in elements.
+// Calls run(offset, step, length, position) for each stretch along the innermost dimension, in order; offset in
+// elements.
 template <class Run>
 FUSED_ELBO_INLINE void for_each_run(const View& view, const Range& range, Run run) {
   const int inner = view.dims - 1;
@@ -50,18 +47,19 @@ FUSED_ELBO_INLINE void for_each_run(const View& view, const Range& range, Run ru
 template <typename From, typename To>
 FUSED_ELBO_INLINE void load_from(const View& view, const Range& range, To* to) {
   const From* const data = reinterpret_cast<const From*>(view.data);
-  for_each_run(view, range, [=](int64_t offset, int64_t step, int64_t length, int64_t position) __attribute__((always_inline)) {
-    const From* const from = data + offset;
-    To* const out = to + position;
-    if (step == 1) {
-      widen_run(from, length, out);
-    } else if (step == 0) {
-      const To value = static_cast<To>(widen(*from));
-      for (int64_t i = 0; i < length; ++i) out[i] = value;
-    } else {
-      for (int64_t i = 0; i < length; ++i) out[i] = static_cast<To>(widen(from[i * step]));
-    }
-  });
+  for_each_run(view, range,
+               [=](int64_t offset, int64_t step, int64_t length, int64_t position) __attribute__((always_inline)) {
+                 const From* const from = data + offset;
+                 To* const out = to + position;
+                 if (step == 1) {
+                   widen_run(from, length, out);
+                 } else if (step == 0) {
+                   const To value = static_cast<To>(widen(*from));
+                   for (int64_t i = 0; i < length; ++i) out[i] = value;
+                 } else {
+                   for (int64_t i = 0; i < length; ++i) out[i] = static_cast<To>(widen(from[i * step]));
+                 }
+               });
 }
 
 template <typename To>
@@ -104,24 +102,26 @@ void stream_bytes(const char* from, int64_t bytes, char* to) {
 template <typename To, typename From>
 FUSED_ELBO_INLINE void store_to(const View& view, const Range& range, const From* from) {
   To* const data = reinterpret_cast<To*>(view.data);
-  for_each_run(view, range, [=, &view](int64_t offset, int64_t step, int64_t length, int64_t position) __attribute__((always_inline)) {
-    To* const to = data + offset;
-    const From* const in = from + position;
-    if (step == 1 && view.stream) {
-      constexpr int64_t kPiece = 1024;
-      alignas(64) To piece[kPiece];
-      for (int64_t i = 0; i < length; i += kPiece) {
-        const int64_t count = length - i < kPiece ? length - i : kPiece;
-        narrow_run(in + i, count, piece);
-        stream_bytes(reinterpret_cast<const char*>(piece), count * static_cast<int64_t>(sizeof(To)),
-                     reinterpret_cast<char*>(to + i));
-      }
-    } else if (step == 1) {
-      narrow_run(in, length, to);
-    } else {
-      for (int64_t i = 0; i < length; ++i) narrow(in[i], to[i * step]);
-    }
-  });
+  for_each_run(view, range,
+               [=, &view](int64_t offset, int64_t step, int64_t length, int64_t position)
+                   __attribute__((always_inline)) {
+                     To* const to = data + offset;
+                     const From* const in = from + position;
+                     if (step == 1 && view.stream) {
+                       constexpr int64_t kPiece = 1024;
+                       alignas(64) To piece[kPiece];
+                       for (int64_t i = 0; i < length; i += kPiece) {
+                         const int64_t count = length - i < kPiece ? length - i : kPiece;
+                         narrow_run(in + i, count, piece);
+                         stream_bytes(reinterpret_cast<const char*>(piece), count * static_cast<int64_t>(sizeof(To)),
+                                      reinterpret_cast<char*>(to + i));
+                       }
+                     } else if (step == 1) {
+                       narrow_run(in, length, to);
+                     } else {
+                       for (int64_t i = 0; i < length; ++i) narrow(in[i], to[i * step]);
+                     }
+                   });
 }
 
 template <typename From>
@@ -138,42 +138,47 @@ FUSED_ELBO_INLINE void store_any(const View& view, const Range& range, const Fro
   }
 }
 
-// kLanes partial sums in double, then a tree.
 template <typename T>
-FUSED_ELBO_INLINE void add_group(const T* values, double* lanes) {
-  FUSED_ELBO_INDEPENDENT
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[lane];
+FUSED_ELBO_INLINE double sum_short(const T* values, int64_t count) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += values[i];
+  return total;
 }
 
 template <typename T>
-FUSED_ELBO_INLINE double sum_lanes(const T* values, int64_t count) {
-  alignas(64) double lanes[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = 0;
-  int64_t i = 0;
-  if (sizeof(T) == 4) {
-    // Four floats are added as floats first: three roundings, a quarter of the conversions.
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-      FUSED_ELBO_INDEPENDENT
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const T* const v = values + i + lane;
-        lanes[lane] += static_cast<double>((v[0] + v[kLanes]) + (v[2 * kLanes] + v[3 * kLanes]));
-      }
-    }
+FUSED_ELBO_INLINE double sum_long(const T* values, int64_t count) {
+  const int64_t whole = count / kLanes * kLanes;
+  double total = sum_terms<T>(whole, [=](int64_t i) __attribute__((always_inline)) { return values[i]; });
+  if (whole < count) total += sum_short(values + whole, count - whole);
+  return total;
+}
+
+template <typename T>
+FUSED_ELBO_INLINE void sum_each_row(const T* values, int64_t rows, int64_t count, double* totals) {
+  if (count < kLanes) {
+    for (int64_t row = 0; row < rows; ++row) totals[row] = sum_short(values + row * count, count);
+  } else {
+    for (int64_t row = 0; row < rows; ++row) totals[row] = sum_long(values + row * count, count);
   }
-  // Between loops over one array: merged, g++ keeps its elements in scalar registers.
-  asm volatile("" : "+m"(lanes));
-  for (; i + kLanes <= count; i += kLanes) add_group(values + i, lanes);
-  if (i < count) {
-    alignas(64) T tail[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) tail[lane] = i + lane < count ? values[i + lane] : T(0);
-    asm volatile("" : "+m"(tail), "+m"(lanes));
-    add_group(tail, lanes);
+}
+
+// Calls visit(a pointer to the view's value, row) with the pointer's type.
+template <class Visit>
+FUSED_ELBO_INLINE void visit_rows(const View& view, const Range& range, Visit visit) {
+  const int64_t first = offset_of(view, range.sample, range.row, range.first);
+  const auto each = [&](auto* data) __attribute__((always_inline)) {
+    for (int64_t row = 0; row < range.rows; ++row) visit(data + first + row * view.row_stride, row);
+  };
+  switch (view.dtype) {
+    case DType::kFloat32:
+      return each(reinterpret_cast<float*>(view.data));
+    case DType::kFloat64:
+      return each(reinterpret_cast<double*>(view.data));
+    case DType::kBFloat16:
+      return each(reinterpret_cast<BFloat16*>(view.data));
+    case DType::kFloat16:
+      return each(reinterpret_cast<Float16*>(view.data));
   }
-  asm volatile("" : "+m"(lanes));
-  double half[kLanes / 2], quarter[kLanes / 4];
-  for (int lane = 0; lane < kLanes / 2; ++lane) half[lane] = lanes[lane] + lanes[lane + kLanes / 2];
-  for (int lane = 0; lane < kLanes / 4; ++lane) quarter[lane] = half[lane] + half[lane + kLanes / 4];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
 }  // namespace
@@ -214,37 +219,33 @@ void load(const View& view, const Range& range, double* to) { load_any(view, ran
 void store(const View& view, const Range& range, const float* from) { store_any(view, range, from); }
 void store(const View& view, const Range& range, const double* from) { store_any(view, range, from); }
 
+void read_rows(const View& view, const Range& range, double* values) {
+  visit_rows(view, range, [=](auto* from, int64_t row) __attribute__((always_inline)) { values[row] = widen(*from); });
+}
+
+void write_rows(const View& view, const Range& range, const double* values) {
+  visit_rows(view, range, [=](auto* to, int64_t row) __attribute__((always_inline)) { narrow(values[row], *to); });
+}
+
 double read(const View& view, int64_t sample, int64_t row, int64_t element) {
-  const char* const at = view.data + offset_of(view, sample, row, element) * item_bytes(view.dtype);
-  switch (view.dtype) {
-    case DType::kFloat32:
-      return widen(*reinterpret_cast<const float*>(at));
-    case DType::kFloat64:
-      return widen(*reinterpret_cast<const double*>(at));
-    case DType::kBFloat16:
-      return widen(*reinterpret_cast<const BFloat16*>(at));
-    case DType::kFloat16:
-      return widen(*reinterpret_cast<const Float16*>(at));
-  }
-  __builtin_unreachable();
+  double value;
+  read_rows(view, Range{sample, row, 1, element, 1}, &value);
+  return value;
 }
 
 void write(const View& view, int64_t sample, int64_t row, int64_t element, double value) {
-  char* const at = view.data + offset_of(view, sample, row, element) * item_bytes(view.dtype);
-  switch (view.dtype) {
-    case DType::kFloat32:
-      return narrow(value, *reinterpret_cast<float*>(at));
-    case DType::kFloat64:
-      return narrow(value, *reinterpret_cast<double*>(at));
-    case DType::kBFloat16:
-      return narrow(value, *reinterpret_cast<BFloat16*>(at));
-    case DType::kFloat16:
-      return narrow(value, *reinterpret_cast<Float16*>(at));
-  }
+  write_rows(view, Range{sample, row, 1, element, 1}, &value);
 }
 
-double sum(const float* values, int64_t count) { return sum_lanes(values, count); }
-double sum(const double* values, int64_t count) { return sum_lanes(values, count); }
+double sum(const double* values, int64_t count) {
+  return count < kLanes ? sum_short(values, count) : sum_long(values, count);
+}
+void sum_rows(const float* values, int64_t rows, int64_t count, double* totals) {
+  sum_each_row(values, rows, count, totals);
+}
+void sum_rows(const double* values, int64_t rows, int64_t count, double* totals) {
+  sum_each_row(values, rows, count, totals);
+}
 
 }  // namespace FUSED_ELBO_ISA
 }  // namespace cpu

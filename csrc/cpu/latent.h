@@ -11,7 +11,8 @@ namespace fused_elbo {
 namespace cpu {
 namespace FUSED_ELBO_ISA {
 
-// What the inner loops read and write: arrays of whole groups of kLanes elements.
+// What the inner loops read and write: arrays of whole groups of kLanes elements, one per element of the unit; eps and
+// coefficient start at the loop's first element.
 template <typename T>
 struct LatentArrays {
   const T *mean, *logvar, *prior_mean, *prior_logvar;
@@ -42,15 +43,19 @@ class LatentWork {
   double total(int64_t row) const;
 
  private:
-  using Loop = void (*)(const LatentArrays<T>&, int64_t count);
+  using Loop = void (*)(const LatentArrays<T>&, int64_t begin, int64_t end);
 
   Loop choose_loop() const;
-  void forward_unit(const Range& range, LatentBuffers<T>& buffers) const;
-  void backward_unit(const Range& range, LatentBuffers<T>& buffers) const;
+  void forward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const;
+  void backward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const;
   void add_inputs(const Range& range, LatentBuffers<T>& buffers, LatentArrays<T>& arrays) const;
-  const T* noise(const Range& range, int64_t sample, LatentBuffers<T>& buffers) const;
-  const T* coefficients(const Range& range, LatentBuffers<T>& buffers) const;
-  void reduce_nats(const Range& range, const T* nats) const;
+  const T* noise(const NoiseGenerator& generator, const Range& range, LatentBuffers<T>& buffers) const;
+  void run_loop(const NoiseGenerator& generator, const Range& range, LatentArrays<T>& arrays,
+                LatentBuffers<T>& buffers) const;
+  bool repeats_coefficients(const Range& range) const;
+  uint64_t noise_index(const Range& range) const;
+  const T* coefficients(const Range& range, bool repeated, LatentBuffers<T>& buffers) const;
+  void reduce_nats(const Range& range, LatentBuffers<T>& buffers) const;
 
   const LatentArgs& args_;
   Pass pass_;

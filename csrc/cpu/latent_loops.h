@@ -42,19 +42,21 @@ struct NoMask {
   }
 };
 
+// Elements begin .. end - 1 of a unit's arrays.
 template <typename T, class Scale, class Prior, class Mask, Samples kSamples, bool kNats>
-void forward_loop(const LatentArrays<T>& arrays, int64_t count) {
+void forward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
   const Scale scale = make_scale<T, Scale>(arrays);
   const T *const mean = arrays.mean, *const logvar = arrays.logvar, *const eps = arrays.eps;
   const T *const prior_mean = arrays.prior_mean, *const prior_logvar = arrays.prior_logvar;
   T *const z = arrays.z, *const std = arrays.std, *const nats = arrays.nats;
-  for (int64_t group = 0; group < count; group += kLanes) {
+  for (int64_t group = begin; group < end; group += kLanes) {
     FUSED_ELBO_INDEPENDENT
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i = group + lane;
+      [[maybe_unused]] const int64_t local = i - begin;
       const math::KlTerms<T> kl =
           make_prior<T, Prior>(prior_mean, prior_logvar, i).terms(mean[i], scale.logvar(logvar[i]));
-      if constexpr (kSamples == Samples::kOne) z[i] = math::sample(mean[i], kl.std, eps[i]);
+      if constexpr (kSamples == Samples::kOne) z[i] = math::sample(mean[i], kl.std, eps[local]);
       if constexpr (kSamples == Samples::kSeveral) std[i] = kl.std;
       if constexpr (kNats) nats[i] = Mask::weigh(kl.kl, i);
     }
@@ -62,23 +64,24 @@ void forward_loop(const LatentArrays<T>& arrays, int64_t count) {
 }
 
 template <typename T, class Scale, class Prior, class Mask, Samples kSamples, bool kKl, bool kNats>
-void backward_loop(const LatentArrays<T>& arrays, int64_t count) {
+void backward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
   const Scale scale = make_scale<T, Scale>(arrays);
   const T *const mean = arrays.mean, *const logvar = arrays.logvar, *const eps = arrays.eps;
   const T *const prior_mean = arrays.prior_mean, *const prior_logvar = arrays.prior_logvar;
-  const T *const grad_z = kSamples == Samples::kSeveral ? arrays.grad_z_sum : arrays.grad_z;
+  const T* const grad_z = kSamples == Samples::kSeveral ? arrays.grad_z_sum : arrays.grad_z;
   const T *const grad_z_eps = arrays.grad_z_eps, *const coefficients = arrays.coefficient;
   T *const grad_mean = arrays.grad_mean, *const grad_logvar = arrays.grad_logvar, *const nats = arrays.nats;
   T *const grad_prior_mean = arrays.grad_prior_mean, *const grad_prior_logvar = arrays.grad_prior_logvar;
-  for (int64_t group = 0; group < count; group += kLanes) {
+  for (int64_t group = begin; group < end; group += kLanes) {
     FUSED_ELBO_INDEPENDENT
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i = group + lane;
+      [[maybe_unused]] const int64_t local = i - begin;
       const Prior prior = make_prior<T, Prior>(prior_mean, prior_logvar, i);
       const math::KlTerms<T> kl = prior.terms(mean[i], scale.logvar(logvar[i]));
       T by_mean = 0, by_logvar = 0;
       if constexpr (kKl) {
-        const T coefficient = Mask::weigh(coefficients[i], i);
+        const T coefficient = Mask::weigh(coefficients[local], i);
         by_mean = coefficient * kl.by_mean;
         by_logvar = coefficient * kl.by_logvar;
         if constexpr (Prior::kLearned) {
@@ -88,7 +91,7 @@ void backward_loop(const LatentArrays<T>& arrays, int64_t count) {
         }
       }
       if constexpr (kSamples != Samples::kNone) {
-        const T sampled = kSamples == Samples::kOne ? grad_z[i] * eps[i] : grad_z_eps[i];
+        const T sampled = kSamples == Samples::kOne ? grad_z[i] * eps[local] : grad_z_eps[i];
         by_mean = kKl ? by_mean + grad_z[i] : grad_z[i];
         by_logvar = kKl ? math::fma(T(0.5) * kl.std, sampled, by_logvar) : T(0.5) * kl.std * sampled;
       }

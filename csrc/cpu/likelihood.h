@@ -55,18 +55,18 @@ class LikelihoodWork {
   void elementwise_unit(const Piece& piece, LikelihoodBuffers<T>& buffers) const;
   void store_grad_mean(const Range& range, const T* grad_mean, LikelihoodBuffers<T>& buffers) const;
   const T* upstream(const Range& range, LikelihoodBuffers<T>& buffers) const;
-  double upstream_of_row(const Range& range, int64_t row) const;
-  void reduce_value(const Piece& piece, int64_t row, double value) const;
-  void reduce_grad_logvar(const Piece& piece, int64_t row, double value) const;
+  void read_upstream(const Range& range, LikelihoodBuffers<T>& buffers) const;
+  void reduce_values(const Piece& piece, const double* values) const;
+  void reduce_grad_logvar(const Piece& piece, const double* values) const;
 
   const LikelihoodArgs& args_;
   Cut cut_;
   bool value_, grad_mean_wanted_, grad_logvar_wanted_;
-  bool constant_;              // one logvar per row of units_, and sums are wanted: squares are summed, all else is per unit
-  bool one_logvar_;            // one logvar in the whole call
+  bool constant_;    // one logvar per row of units_, and sums are wanted: squares are summed, all else is per unit
+  bool one_logvar_;  // one logvar in the whole call
   double logvar_value_ = 0, precision_ = 0;  // that one
-  double* partials_;           // [samples, rows, runs, segments]
-  double* logvar_partials_;    // likewise, of the gradient of logvar
+  double* partials_;                         // [samples, rows, runs, segments]
+  double* logvar_partials_;                  // likewise, of the gradient of logvar
   View x_, mean_, logvar_, ll_, grad_ll_, grad_mean_, grad_x_, grad_logvar_;
 };
 

@@ -21,10 +21,19 @@ FUSED_ELBO_INLINE Noise make_noise(const NoiseKey& key) {
 // Elements that a buffer for normals needs beyond the count asked for.
 constexpr int64_t kNoisePadding = 4 + 4 * kLanes;
 
-// Normals of elements first .. first + count - 1 of a sample, at the returned place in buffer (64-byte aligned, of
-// count + kNoisePadding elements).
-const float* normals(const Noise& noise, uint32_t sample, uint64_t first, int64_t count, float* buffer);
-const double* normals(const Noise& noise, uint32_t sample, uint64_t first, int64_t count, double* buffer);
+// One sample's noise. The round keys are vectors in memory: broadcasting them anew from general registers in every step
+// costs a third of Philox.
+struct NoiseGenerator {
+  uint64_t seed;
+  uint32_t sample, stream;
+  WordVector key0[10], key1[10];
+  NoiseGenerator(const Noise& noise, uint32_t sample);
+};
+
+// Normals of elements first .. first + count - 1, at the returned place in buffer: first % 4 elements from its start.
+// buffer is 64-byte aligned and has room for count + kNoisePadding elements.
+const float* normals(const NoiseGenerator& generator, uint64_t first, int64_t count, float* buffer);
+const double* normals(const NoiseGenerator& generator, uint64_t first, int64_t count, double* buffer);
 
 void noise_words(const NoiseKey& key, int64_t sample, int64_t first, int64_t count, int64_t* out);
 

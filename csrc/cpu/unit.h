@@ -1,6 +1,6 @@
-// How the work is cut up. A unit is what one task does at a time: some whole rows, or one segment of one row, small enough
-// that its buffers stay in the nearest cache. The cut depends on the event alone, never on rows or threads, so that a
-// row's result is the same alone and in a batch.
+// How the work is cut up. A unit is what one task does at a time: some whole rows, or one segment of one row, small
+// enough that its buffers stay in the nearest cache. The cut depends on the event alone, never on rows or threads, so
+// that a row's result is the same alone and in a batch.
 #pragma once
 
 #include <cstdint>
@@ -54,12 +54,62 @@ struct Units {
 
 FUSED_ELBO_INLINE int64_t whole_groups(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// Sum in a fixed order that depends on count alone.
-double sum(const float* values, int64_t count);
+// Sums in a fixed order that depends on count alone: of one array, and of each of several rows that lie one behind the
+// other.
 double sum(const double* values, int64_t count);
+void sum_rows(const float* values, int64_t rows, int64_t count, double* totals);
+void sum_rows(const double* values, int64_t rows, int64_t count, double* totals);
+
+// A sum of kLanes partial sums in double: a fixed tree.
+FUSED_ELBO_INLINE double sum_tree(const double* lanes) {
+  double half[kLanes / 2], quarter[kLanes / 4];
+  for (int lane = 0; lane < kLanes / 2; ++lane) half[lane] = lanes[lane] + lanes[lane + kLanes / 2];
+  for (int lane = 0; lane < kLanes / 4; ++lane) quarter[lane] = half[lane] + half[lane + kLanes / 4];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+// Sum of term(i) over whole groups, fused into the loop that computes the terms. Four terms are added in their own type
+// before they are widened: three roundings, a quarter of the conversions.
+template <typename T, class Term>
+FUSED_ELBO_INLINE double sum_terms(int64_t count, Term term) {
+  alignas(64) double lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = 0;
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    FUSED_ELBO_INDEPENDENT
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t at = i + lane;
+      const T low = term(at) + term(at + kLanes);
+      const T high = term(at + 2 * kLanes) + term(at + 3 * kLanes);
+      lanes[lane] += static_cast<double>(low + high);
+    }
+  }
+  // Between loops over one array: merged, g++ keeps its elements in scalar registers.
+  asm volatile("" : "+m"(lanes));
+  for (; i < count; i += kLanes) {
+    FUSED_ELBO_INDEPENDENT
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(term(i + lane));
+  }
+  asm volatile("" : "+m"(lanes));
+  return sum_tree(lanes);
+}
+
+// Each row's value for every element of a range.
+template <typename T>
+FUSED_ELBO_INLINE void fill_rows(const double* values, const Range& range, T* to) {
+  // Past the end of a row: the next row overwrites it, and the last group is made whole.
+  for (int64_t row = 0; row < range.rows; ++row) {
+    const T value = static_cast<T>(values[row]);
+    T* const at = to + row * range.count;
+    for (int64_t i = 0; i < range.count; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) at[i + lane] = value;
+    }
+  }
+}
 
 // Runs body(user, begin, end) over the units; a small call stays on its thread.
-FUSED_ELBO_INLINE void for_units(const Context& context, int64_t units, void (*body)(void*, int64_t, int64_t), void* user) {
+FUSED_ELBO_INLINE void for_units(const Context& context, int64_t units, void (*body)(void*, int64_t, int64_t),
+                                 void* user) {
   if (units <= kGrain || context.parallel_for == nullptr) {
     if (units > 0) body(user, 0, units);
   } else {

@@ -46,6 +46,10 @@ void store(const View& view, const Range& range, const double* from);
 double read(const View& view, int64_t sample, int64_t row, int64_t element);
 void write(const View& view, int64_t sample, int64_t row, int64_t element, double value);
 
+// One value of each row, at the range's first element.
+void read_rows(const View& view, const Range& range, double* values);
+void write_rows(const View& view, const Range& range, const double* values);
+
 // Streaming stores are not ordered with others: before the end of the task that made them.
 FUSED_ELBO_INLINE void finish_streaming() {
 #if defined(__SSE2__)
@@ -73,7 +77,8 @@ FUSED_ELBO_INLINE bool is_direct(const View& view, const Range& range) {
 
 template <typename T>
 FUSED_ELBO_INLINE T* direct(const View& view, const Range& range) {
-  return reinterpret_cast<T*>(view.data) + range.sample * view.sample_stride + range.row * view.row_stride + range.first;
+  return reinterpret_cast<T*>(view.data) + range.sample * view.sample_stride + range.row * view.row_stride +
+         range.first;
 }
 
 // An input as an array of whole groups of kLanes elements; what is past the end of a ragged range is zero.

@@ -3,7 +3,8 @@
 //   KL(N(mean, std^2) || N(0, 1)) = 1/2 [mean^2 + phi(logvar)]
 //   KL(q || p) = 1/2 [phi(logvar - prior_logvar) + (mean - prior_mean)^2 e^-prior_logvar]
 //   log N(x; mean, e^logvar) = -1/2 [(x - mean)^2 e^-logvar + logvar + ln 2 pi]
-// Branch-free: a loop over elements vectorizes. NaN stays NaN; beyond the range of the exponential the limits are selected.
+// Branch-free: a loop over elements vectorizes. NaN stays NaN; beyond the range of the exponential the limits are
+// selected.
 #pragma once
 
 #include <cstdint>
@@ -51,9 +52,10 @@ FUSED_ELBO_HD inline float exp_tail(float r) {
 }
 FUSED_ELBO_HD inline double exp_tail(double r) {
   return r * r *
-         poly(r, 0.5, 1.6666666666666666667e-01, 4.1666666666666666667e-02, 8.3333333333333333333e-03, 1.3888888888888888889e-03,
-              1.9841269841269841270e-04, 2.4801587301587301587e-05, 2.7557319223985890653e-06, 2.7557319223985890653e-07,
-              2.5052108385441718775e-08, 2.0876756987868098979e-09, 1.6059043836821614599e-10, 1.1470745597729724714e-11);
+         poly(r, 0.5, 1.6666666666666666667e-01, 4.1666666666666666667e-02, 8.3333333333333333333e-03,
+              1.3888888888888888889e-03, 1.9841269841269841270e-04, 2.4801587301587301587e-05,
+              2.7557319223985890653e-06, 2.7557319223985890653e-07, 2.5052108385441718775e-08,
+              2.0876756987868098979e-09, 1.6059043836821614599e-10, 1.1470745597729724714e-11);
 }
 
 template <typename T>

@@ -17,12 +17,13 @@ FUSED_ELBO_HD inline double uniform(uint32_t word, double) { return fma(to_doubl
 
 // sqrt(-ln u); the missing factor sqrt 2 sits in the coefficients of cos_sin below.
 FUSED_ELBO_HD inline float radius(float u) {
-  // u = 2^k (1 + t) with 1 + t in [sqrt 1/2, sqrt 2): ln u = k ln 2 + t + t^2 Q(t), with t exact, so that u near 1 loses nothing.
+  // u = 2^k (1 + t) with 1 + t in [sqrt 1/2, sqrt 2): ln u = k ln 2 + t + t^2 Q(t), with t exact, so that u near 1
+  // loses nothing.
   const uint32_t offset = (bits(u) - 0x3f3504f3u) & 0xff800000u;
   const float t = from_bits(bits(u) - offset) - 1.0f;
   const float exponent = static_cast<float>(static_cast<int32_t>(offset));
-  float q = poly(t, -0.499999911f, 0.333339512f, -0.250017554f, 0.199620724f, -0.165705085f, 0.149179742f, -0.143075213f,
-                 0.087348409f);
+  float q = poly(t, -0.499999911f, 0.333339512f, -0.250017554f, 0.199620724f, -0.165705085f, 0.149179742f,
+                 -0.143075213f, 0.087348409f);
   q = fma(t * t, q, t);
   return sqrt(-fma(exponent, 0x1.62e430p-24f, q));  // ln 2 * 2^-23: the exponent arrives unshifted
 }
@@ -35,8 +36,8 @@ FUSED_ELBO_HD inline double radius(double u) {
   const double exponent = static_cast<double>(static_cast<int32_t>(static_cast<uint32_t>(offset >> 32)) >> 20);
   const double s = t / (2.0 + t);
   const double s2 = s * s;
-  const double series = poly(s2, 2.0 / 3, 2.0 / 5, 2.0 / 7, 2.0 / 9, 2.0 / 11, 2.0 / 13, 2.0 / 15, 2.0 / 17, 2.0 / 19, 2.0 / 21,
-                             2.0 / 23);
+  const double series = poly(s2, 2.0 / 3, 2.0 / 5, 2.0 / 7, 2.0 / 9, 2.0 / 11, 2.0 / 13, 2.0 / 15, 2.0 / 17, 2.0 / 19,
+                             2.0 / 21, 2.0 / 23);
   // 2 atanh(s) = t - s (t - s^2 series): the leading term stays exact.
   const double log1p_t = t - s * (t - s2 * series);
   return sqrt(-fma(exponent, 0.69314718055994530942, log1p_t));
@@ -58,8 +59,9 @@ FUSED_ELBO_HD inline CosSin<float> cos_sin(uint32_t word, uint32_t& sign_bit) {
   constexpr double kSqrt2 = 1.41421356237309504880;
   const float sin = y * poly(z, float(3.14159274 * kSqrt2), float(-5.16770983 * kSqrt2), float(2.55006981 * kSqrt2),
                              float(-0.598242104 * kSqrt2), float(0.0775603876 * kSqrt2));
-  const float cos = fma(z, -4.0f, 1.0f) * poly(z, float(kSqrt2), float(-0.934801996 * kSqrt2), float(0.31949684 * kSqrt2),
-                                               float(-0.0571802445 * kSqrt2), float(0.0060288175 * kSqrt2));
+  const float cos =
+      fma(z, -4.0f, 1.0f) * poly(z, float(kSqrt2), float(-0.934801996 * kSqrt2), float(0.31949684 * kSqrt2),
+                                 float(-0.0571802445 * kSqrt2), float(0.0060288175 * kSqrt2));
   return {cos, sin};
 }
 
@@ -72,14 +74,14 @@ FUSED_ELBO_HD inline CosSin<double> cos_sin(uint32_t word, uint64_t& sign_bit) {
   constexpr double kSqrt2 = 1.41421356237309504880;
   const double angle = y * 3.14159265358979323846;
   const double z = angle * angle;
-  const double sin = poly(z, 1.0, -1.6666666666666666667e-01, 8.3333333333333333333e-03, -1.9841269841269841270e-04,
-                          2.7557319223985890653e-06, -2.5052108385441718775e-08, 1.6059043836821614599e-10,
-                          -7.6471637318198164759e-13, 2.8114572543455207632e-15, -8.2206352466243297170e-18,
-                          1.9572941063391261231e-20);
-  const double cos = poly(z, 1.0, -0.5, 4.1666666666666666667e-02, -1.3888888888888888889e-03, 2.4801587301587301587e-05,
-                          -2.7557319223985890653e-07, 2.0876756987868098979e-09, -1.1470745597729724714e-11,
-                          4.7794773323873852974e-14, -1.5619206968586226462e-16, 4.1103176233121648585e-19,
-                          -8.8967913924505732867e-22);
+  const double sin =
+      poly(z, 1.0, -1.6666666666666666667e-01, 8.3333333333333333333e-03, -1.9841269841269841270e-04,
+           2.7557319223985890653e-06, -2.5052108385441718775e-08, 1.6059043836821614599e-10, -7.6471637318198164759e-13,
+           2.8114572543455207632e-15, -8.2206352466243297170e-18, 1.9572941063391261231e-20);
+  const double cos =
+      poly(z, 1.0, -0.5, 4.1666666666666666667e-02, -1.3888888888888888889e-03, 2.4801587301587301587e-05,
+           -2.7557319223985890653e-07, 2.0876756987868098979e-09, -1.1470745597729724714e-11, 4.7794773323873852974e-14,
+           -1.5619206968586226462e-16, 4.1103176233121648585e-19, -8.8967913924505732867e-22);
   return {cos * kSqrt2, angle * sin * kSqrt2};
 }
 
