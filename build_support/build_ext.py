@@ -9,7 +9,7 @@ torch.
 - csrc/cpu/kernels_*.cpp: once per ISA level, the level's name in the macro FUSED_ELBO_ISA.
 - csrc/cpu/*.cpp otherwise, and csrc/*.cpp: once, for the oldest processor. Only the latter see
   torch's headers.
-- csrc/cuda/*.cu: by nvcc, if there is one. The finished object loads on a torch without CUDA too.
+- csrc/cuda/*.cu: by nvcc, if there is one, and then csrc/cuda/*.cpp by the C++ compiler. The finished object loads on a torch without CUDA too.
 """
 
 from __future__ import annotations
@@ -153,6 +153,16 @@ class BuildExtension(build_ext):
             for source in sorted((ROOT / "csrc").glob("*.cpp"))
         ]
         sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        if with_cuda:  # the host side of the CUDA kernels needs nothing of CUDA
+            jobs += [
+                Job(
+                    source,
+                    self.objects / f"cuda-host.{source.stem}.o",
+                    [*common, *baseline, *includes],
+                    toolchain,
+                )
+                for source in sorted((ROOT / "csrc/cuda").glob("*.cpp"))
+            ]
         kernels = [source for source in sources if source.stem.startswith("kernels_")]
         for source in sources:
             if source not in kernels:

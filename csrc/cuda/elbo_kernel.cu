@@ -1,21 +1,24 @@
-// loss = scale sum_b (beta KL_b - log N(x_b; recon_x_b, exp(logvar_b))), both terms per row, and every gradient for an upstream gradient
-// of 1: one reading of every tensor.
+// loss = scale sum_b (beta KL_b - log N(x_b; recon_x_b, exp(logvar_b))), both terms per row, and every gradient for an
+// upstream gradient of 1: one reading of every tensor.
 //
-// Bytes per element: reconstruction as likelihood_forward.cu, with gradients likelihood_backward.cu: 8 or 12 in float32. Latent: read mean and
-// logvar, with gradients write both: 8 or 16 in float32; half of all that in bfloat16 and float16.
-// Launch: one grid, first the tiles of the reconstruction, then those of the latent (plan.h); 256 threads, 16 bytes per thread and access.
-#include "elbo.cuh"
+// Bytes per element: reconstruction as likelihood_forward.cu, with gradients likelihood_backward.cu: 8 or 12 in
+// float32. Latent: read mean and logvar, with gradients write both: 8 or 16 in float32; half of all that in bfloat16
+// and float16. Launch: one grid, first the tiles of the reconstruction, then those of the latent (plan.h); 256 threads,
+// 16 bytes per thread and access.
+#include <type_traits>
+
+#include "elbo.h"
 #include "launch.cuh"
+#include "likelihood.cuh"
 
 namespace fused_elbo {
 namespace cuda {
 namespace {
 
-// KL(q || N(0, I)) of the thread's share of a latent tile, and its gradients. Not kVector: any strides, and any dtype beside that of the
-// reconstruction (a half-precision decoder over a float32 posterior).
-template <typename T, bool kVector, typename Acc = typename Traits<T>::Acc>
+// KL(q || N(0, I)) of the thread's share of a latent tile, and its gradients. Units have kUnit elements, those of the
+// reconstruction.
+template <typename T, int kUnit, typename Acc = typename Traits<T>::Acc>
 __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
-  constexpr int kUnit = Traits<T>::kUnit;
   const View* const views[] = {&p.mean, &p.logvar, &p.grad_mean, &p.grad_logvar};
   enum { kMean, kLogVar, kGradMean, kGradLogVar, kViews };
   int64_t base[kViews];
@@ -26,17 +29,10 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
 
   KlSum<Acc> kl;
   for (uint32_t u = place.begin; u < place.end; u += place.stride) {
-    const Unit<kVector, kViews> unit(p.latent_plan, place.first_unit + u, kUnit, views, base);
+    const Unit<kIsVector<T>, kViews> unit(p.latent_plan, place.first_unit + u, kUnit, views, base);
     Acc mean[kUnit], logvar[kUnit];
-    if constexpr (kVector) {
-      load_unit<T, true>(p.mean, unit.at[kMean], unit.valid, mean);
-      load_unit<T, true>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
-    } else {
-      with_type(p.mean.dtype, [&](auto type) {
-        load_unit<decltype(type), false>(p.mean, unit.at[kMean], unit.valid, mean);
-        load_unit<decltype(type), false>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
-      });
-    }
+    load_unit<T>(p.mean, unit.at[kMean], unit.valid, mean);
+    load_unit<T>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
       const LogVar<Acc> v = logvar_terms(logvar[j]);
@@ -45,20 +41,13 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
       logvar[j] = Acc(0.5) * grad * v.expm1();
     }
     if (!want_grads) continue;
-    if constexpr (kVector) {
-      store_unit<T, true>(p.grad_mean, unit.at[kGradMean], unit.valid, mean);
-      store_unit<T, true>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, logvar);
-    } else {
-      with_type(p.mean.dtype, [&](auto type) {
-        store_unit<decltype(type), false>(p.grad_mean, unit.at[kGradMean], unit.valid, mean);
-        store_unit<decltype(type), false>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, logvar);
-      });
-    }
+    store_unit<T>(p.grad_mean, unit.at[kGradMean], unit.valid, mean);
+    store_unit<T>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, logvar);
   }
   return kl.value();
 }
 
-template <typename T, Access kAccess>
+template <typename T, bool kFull>
 __global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ ElboParams p) {
   using Acc = typename Traits<T>::Acc;
   const Plan& reconstruction = p.reconstruction.plan;
@@ -68,11 +57,13 @@ __global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ 
   const Place place = find_place(plan, tile);
   Acc value;
   if (!is_latent) {
-    value = likelihood_tile<T, Pass::kBoth, kAccess>(p.reconstruction, place, tile);
-  } else if (kAccess != Access::kStrided && p.latent_vector) {
-    value = kl_tile<T, kAccess != Access::kStrided>(p, place);
+    value = likelihood_tile<T, Pass::kBoth, kFull>(p.reconstruction, place, tile);
+  } else if (kIsVector<T> && p.latent_in_acc) {
+    // A decoder in half precision over a posterior in float32, as autocast leaves them.
+    using L = std::conditional_t<kIsVector<T>, Acc, T>;
+    value = kl_tile<L, Traits<T>::kUnit>(p, place);
   } else {
-    value = kl_tile<T, false>(p, place);
+    value = kl_tile<T, Traits<T>::kUnit>(p, place);
   }
 
   const double beta = p.beta != nullptr ? static_cast<double>(*static_cast<const Acc*>(p.beta)) : p.beta_value;
@@ -85,7 +76,8 @@ __global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ 
   Tree tree = p.tree;
   tree.rows = is_latent ? p.latent_rows : p.reconstruction.result.tree.rows;
   const bool complete = climb(
-      plan, place, tile, value, tree, !p.loss_per_row, is_latent ? item_count(reconstruction) : 0, p.items, total, [&](int64_t row, Acc sum) {
+      plan, place, tile, value, tree, !p.loss_per_row, is_latent ? item_count(reconstruction) : 0, p.items, total,
+      [&](int64_t row, Acc sum) {
         double contribution;
         if (is_latent) {
           kl[row * p.kl.row] = sum;
@@ -118,25 +110,28 @@ __global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ 
 }
 
 template <typename T>
-void launch_typed(const ElboParams& p, Access access, void* stream) {
-  void (*kernel)(ElboParams) = access == Access::kUniform ? elbo_kernel<T, Access::kUniform>
-                               : access == Access::kFull  ? elbo_kernel<T, Access::kFull>
-                                                          : elbo_kernel<T, Access::kStrided>;
-  launch(kernel, p.reconstruction.plan.tiles + p.latent_plan.tiles, p, stream);
+void launch_vector(const ElboParams& p, bool full, int64_t tiles, void* stream) {
+  launch(full ? elbo_kernel<T, true> : elbo_kernel<T, false>, tiles, p, stream);
 }
 
 }  // namespace
 
 void launch_elbo(const ElboParams& p, DType dtype, Access access, void* stream) {
+  const int64_t tiles = p.reconstruction.plan.tiles + p.latent_plan.tiles;
+  if (access == Access::kStrided) {
+    return launch(dtype == DType::kFloat64 ? elbo_kernel<Any<double>, false> : elbo_kernel<Any<float>, false>, tiles, p,
+                  stream);
+  }
+  const bool full = access == Access::kFull;
   switch (dtype) {
     case DType::kFloat32:
-      return launch_typed<float>(p, access, stream);
+      return launch_vector<float>(p, full, tiles, stream);
     case DType::kFloat64:
-      return launch_typed<double>(p, access, stream);
+      return launch_vector<double>(p, full, tiles, stream);
     case DType::kBFloat16:
-      return launch_typed<BFloat16>(p, access, stream);
+      return launch_vector<BFloat16>(p, full, tiles, stream);
     case DType::kFloat16:
-      return launch_typed<Float16>(p, access, stream);
+      return launch_vector<Float16>(p, full, tiles, stream);
   }
 }
 

@@ -1,5 +1,6 @@
 // The machine instructions that the kernels use beyond plain C++, one function each.
-// Under the emulation of the test suite the same names come from its header, with the error bounds that the PTX manual states.
+// Under the emulation of the test suite the same names come from its header, with the error bounds that the PTX manual
+// states.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -81,13 +82,17 @@ __device__ inline uint32_t pack_float16(float low, float high) {
 #if __CUDA_ARCH__ >= 800
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
 #else
-  asm("{.reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h};}" : "=r"(d) : "f"(low), "f"(high));
+  asm("{.reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h};}"
+      : "=r"(d)
+      : "f"(low), "f"(high));
 #endif
   return d;
 }
 
 __device__ inline void unpack_float16(uint32_t word, float& low, float& high) {
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(word));
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(low), "=f"(high)
+      : "r"(word));
 }
 
 }  // namespace cuda

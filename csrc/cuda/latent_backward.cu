@@ -1,12 +1,13 @@
 // Gradients of z = mean + exp(logvar / 2) eps and of KL(q || p), the noise made anew from its counters:
 //   grad_mean = grad_z + g mean
 //   grad_logvar = 1/2 grad_z exp(logvar / 2) eps + g 1/2 (exp(logvar) - 1),  g the upstream gradient of the row's KL
-// and for a learned prior with d = mean - prior_mean, s = d exp(-prior_logvar), e = 1/2 (exp(logvar - prior_logvar) - 1):
+// and for a learned prior with d = mean - prior_mean, s = d exp(-prior_logvar), e = 1/2 (exp(logvar - prior_logvar) -
+// 1):
 //   g s, g e for mean and logvar; -g s, -g (e + 1/2 s d) for prior_mean and prior_logvar.
 //
-// Bytes per element: read mean, logvar, grad_z, write grad_mean, grad_logvar: 20 in float32, 10 in bfloat16 and float16, 40 in float64;
-// four more tensors with a learned prior. Nothing is kept from the forward pass.
-// Launch: as the forward pass (latent_forward.cu); no reductions.
+// Bytes per element: read mean, logvar, grad_z, write grad_mean, grad_logvar: 20 in float32, 10 in bfloat16 and
+// float16, 40 in float64; four more tensors with a learned prior. Nothing is kept from the forward pass. Launch: as the
+// forward pass (latent_forward.cu); no reductions.
 #include "latent.cuh"
 #include "launch.cuh"
 
@@ -21,8 +22,8 @@ struct Pointers {
 };
 
 template <typename T, bool kClamp, int kUnits, typename Acc = typename Traits<T>::Acc>
-__device__ inline void backward_units(const Pointers<T>& p, const Philox& philox, uint32_t counter, const Bounds<Acc>& bounds,
-                                      Acc grad_kl, uint32_t unit, uint32_t stride) {
+__device__ inline void backward_units(const Pointers<T>& p, const Philox& philox, uint32_t counter,
+                                      const Bounds<Acc>& bounds, Acc grad_kl, uint32_t unit, uint32_t stride) {
   constexpr int kUnit = Traits<T>::kUnit;
   Acc m[kUnits][kUnit], lv[kUnits][kUnit], gz[kUnits][kUnit];
 #pragma unroll
@@ -81,16 +82,18 @@ __global__ void __launch_bounds__(kThreads, 4) latent_backward_fast(const __grid
 
   uint32_t unit = place.begin;
   for (; unit + (kUnits - 1) * place.stride < place.end; unit += kUnits * place.stride) {
-    backward_units<T, kClamp, kUnits>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit, place.stride);
+    backward_units<T, kClamp, kUnits>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit,
+                                      place.stride);
   }
   if constexpr (kUnits > 1) {
     if (unit < place.end) {
-      backward_units<T, kClamp, 1>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit, place.stride);
+      backward_units<T, kClamp, 1>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit,
+                                   place.stride);
     }
   }
 }
 
-template <typename T, bool kVector>
+template <typename T>
 __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
@@ -103,16 +106,30 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
   const Acc scale = static_cast<Acc>(p.grad_kl_scale);
   const Acc row_grad = !p.has_grad_kl || elementwise || !place.active ? Acc(0) : row_grad_kl<Acc>(p, row);
 
-  const View* const views[] = {&p.mean,   &p.logvar,  &p.prior_mean, &p.prior_logvar,    &p.grad_z,
-                               &p.grad_kl, &p.grad_mean, &p.grad_logvar, &p.grad_prior_mean, &p.grad_prior_logvar, &p.index};
-  enum { kMean, kLogVar, kPriorMean, kPriorLogVar, kGradZ, kGradKl, kGradMean, kGradLogVar, kGradPriorMean, kGradPriorLogVar, kIndex, kViews };
+  const View* const views[] = {&p.mean,    &p.logvar,    &p.prior_mean,  &p.prior_logvar,    &p.grad_z,
+                               &p.grad_kl, &p.grad_mean, &p.grad_logvar, &p.grad_prior_mean, &p.grad_prior_logvar,
+                               &p.index};
+  enum {
+    kMean,
+    kLogVar,
+    kPriorMean,
+    kPriorLogVar,
+    kGradZ,
+    kGradKl,
+    kGradMean,
+    kGradLogVar,
+    kGradPriorMean,
+    kGradPriorLogVar,
+    kIndex,
+    kViews
+  };
   int64_t base[kViews];
   segment_offsets(p.plan, place, views, base);
 
   for (uint32_t u = place.begin; u < place.end; u += place.stride) {
-    const Unit<kVector, kViews> unit(p.plan, place.first_unit + u, kUnit, views, base);
+    const Unit<kIsVector<T>, kViews> unit(p.plan, place.first_unit + u, kUnit, views, base);
     Acc logvar[kUnit];
-    load_unit<T, kVector>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
+    load_unit<T>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
 
     // Sums over samples: of grad_z, and of grad_z eps / 2.
     Acc grad_mean[kUnit] = {}, grad_logvar[kUnit] = {};
@@ -120,8 +137,8 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
       const uint64_t index = p.first_index + static_cast<uint64_t>(unit.at[kIndex]);
       for (int64_t k = 0; k < p.samples; ++k) {
         Acc grad_z[kUnit], half_eps[kUnit];
-        load_unit<T, kVector>(p.grad_z, unit.at[kGradZ] + k * p.grad_z.sample, unit.valid, grad_z);
-        unit_normals<kVector, true>(index, static_cast<uint32_t>(k), p.stream, seed, half_eps);
+        load_unit<T>(p.grad_z, unit.at[kGradZ] + k * p.grad_z.sample, unit.valid, grad_z);
+        unit_normals<kIsVector<T>, true>(index, static_cast<uint32_t>(k), p.stream, seed, half_eps);
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
           grad_mean[j] += grad_z[j];
@@ -138,17 +155,17 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
     Acc prior_mean[kUnit] = {}, prior_logvar[kUnit] = {};  // first the values, then the gradients
     if (p.has_grad_kl) {
       Acc mean[kUnit], grad_kl[kUnit];
-      load_unit<T, kVector>(p.mean, unit.at[kMean], unit.valid, mean);
+      load_unit<T>(p.mean, unit.at[kMean], unit.valid, mean);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) grad_kl[j] = row_grad;
       if (elementwise) {
-        load_unit<Acc, kVector>(p.grad_kl, unit.at[kGradKl], unit.valid, grad_kl);
+        load_nats<T>(p.grad_kl, unit.at[kGradKl], unit.valid, grad_kl);
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) grad_kl[j] *= scale;
       }
       if (learned) {
-        load_unit<T, kVector>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
-        load_unit<T, kVector>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
+        load_unit<T>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
+        load_unit<T>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
       }
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
@@ -169,39 +186,45 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
       }
     }
 
-    if (p.grad_prior_mean.present()) store_unit<T, kVector>(p.grad_prior_mean, unit.at[kGradPriorMean], unit.valid, prior_mean);
-    if (p.grad_prior_logvar.present()) store_unit<T, kVector>(p.grad_prior_logvar, unit.at[kGradPriorLogVar], unit.valid, prior_logvar);
+    if (p.grad_prior_mean.present()) store_unit<T>(p.grad_prior_mean, unit.at[kGradPriorMean], unit.valid, prior_mean);
+    if (p.grad_prior_logvar.present())
+      store_unit<T>(p.grad_prior_logvar, unit.at[kGradPriorLogVar], unit.valid, prior_logvar);
     if (p.clamp) {
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
         grad_logvar[j] = logvar[j] < bounds.min || logvar[j] > bounds.max ? Acc(0) : grad_logvar[j];
       }
     }
-    if (p.grad_mean.present()) store_unit<T, kVector>(p.grad_mean, unit.at[kGradMean], unit.valid, grad_mean);
-    if (p.grad_logvar.present()) store_unit<T, kVector>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
+    if (p.grad_mean.present()) store_unit<T>(p.grad_mean, unit.at[kGradMean], unit.valid, grad_mean);
+    if (p.grad_logvar.present()) store_unit<T>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
   }
 }
 
 template <typename T>
-void launch_typed(const LatentParams& p, LatentPath path, void* stream) {
+void launch_vector(const LatentParams& p, LatentPath path, void* stream) {
   if constexpr (sizeof(T) < 8) {
-    if (path.fast) return launch(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>, p.plan.tiles, p, stream);
+    if (path.fast)
+      return launch(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>, p.plan.tiles, p, stream);
   }
-  launch(path.vector ? latent_backward_general<T, true> : latent_backward_general<T, false>, p.plan.tiles, p, stream);
+  launch(latent_backward_general<T>, p.plan.tiles, p, stream);
 }
 
 }  // namespace
 
 void launch_latent_backward(const LatentParams& p, DType dtype, LatentPath path, void* stream) {
+  if (!path.vector) {
+    return launch(dtype == DType::kFloat64 ? latent_backward_general<Any<double>> : latent_backward_general<Any<float>>,
+                  p.plan.tiles, p, stream);
+  }
   switch (dtype) {
     case DType::kFloat32:
-      return launch_typed<float>(p, path, stream);
+      return launch_vector<float>(p, path, stream);
     case DType::kFloat64:
-      return launch_typed<double>(p, path, stream);
+      return launch_vector<double>(p, path, stream);
     case DType::kBFloat16:
-      return launch_typed<BFloat16>(p, path, stream);
+      return launch_vector<BFloat16>(p, path, stream);
     case DType::kFloat16:
-      return launch_typed<Float16>(p, path, stream);
+      return launch_vector<Float16>(p, path, stream);
   }
 }
 

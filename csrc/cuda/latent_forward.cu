@@ -1,9 +1,9 @@
 // z = mean + exp(logvar / 2) eps and KL(q || p): one reading of the parameters gives samples and divergence.
 //
-// Bytes per element: read mean and logvar, write z: 12 in float32, 6 in bfloat16 and float16, 24 in float64; two more inputs with
-// a learned prior; the per-row results are negligible. The noise is made from counters and never stored.
-// Launch: 256 threads; a block takes 256 / lanes short rows or a chunk of a long one (plan.h). Each thread moves 16 bytes per access:
-// 4 float32 or 8 bfloat16 elements from each input, 8 elements per turn of the main loop.
+// Bytes per element: read mean and logvar, write z: 12 in float32, 6 in bfloat16 and float16, 24 in float64; two more
+// inputs with a learned prior; the per-row results are negligible. The noise is made from counters and never stored.
+// Launch: 256 threads; a block takes 256 / lanes short rows or a chunk of a long one (plan.h). Each thread moves 16
+// bytes per access: 4 float32 or 8 bfloat16 elements from each input, 8 elements per turn of the main loop.
 #include "latent.cuh"
 #include "launch.cuh"
 
@@ -57,18 +57,20 @@ __global__ void __launch_bounds__(kThreads, 4) latent_forward_fast(const __grid_
   KlSum<Acc> kl;
   uint32_t unit = place.begin;
   for (; unit + (kUnits - 1) * place.stride < place.end; unit += kUnits * place.stride) {
-    forward_units<T, kClamp, kUnits>(mean, logvar, z, philox, static_cast<uint32_t>(counter), bounds, unit, place.stride, kl);
+    forward_units<T, kClamp, kUnits>(mean, logvar, z, philox, static_cast<uint32_t>(counter), bounds, unit,
+                                     place.stride, kl);
   }
   if constexpr (kUnits > 1) {
     if (unit < place.end) {
-      forward_units<T, kClamp, 1>(mean, logvar, z, philox, static_cast<uint32_t>(counter), bounds, unit, place.stride, kl);
+      forward_units<T, kClamp, 1>(mean, logvar, z, philox, static_cast<uint32_t>(counter), bounds, unit, place.stride,
+                                  kl);
     }
   }
   finish(p.plan, place, blockIdx.x, kl.value(), p.result);
 }
 
 // Everything else: any strides, any number of samples, learned prior, elementwise KL, one half of the work.
-template <typename T, bool kVector>
+template <typename T>
 __global__ void __launch_bounds__(kThreads) latent_forward_general(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
@@ -84,15 +86,15 @@ __global__ void __launch_bounds__(kThreads) latent_forward_general(const __grid_
 
   KlSum<Acc> sum;
   for (uint32_t u = place.begin; u < place.end; u += place.stride) {
-    const Unit<kVector, kViews> unit(p.plan, place.first_unit + u, kUnit, views, base);
+    const Unit<kIsVector<T>, kViews> unit(p.plan, place.first_unit + u, kUnit, views, base);
     Acc mean[kUnit], std[kUnit];
-    load_unit<T, kVector>(p.mean, unit.at[kMean], unit.valid, mean);
-    load_unit<T, kVector>(p.logvar, unit.at[kLogVar], unit.valid, std);
+    load_unit<T>(p.mean, unit.at[kMean], unit.valid, mean);
+    load_unit<T>(p.logvar, unit.at[kLogVar], unit.valid, std);
     Acc kl[kUnit];
     Acc prior_mean[kUnit], prior_logvar[kUnit];
     if (learned) {
-      load_unit<T, kVector>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
-      load_unit<T, kVector>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
+      load_unit<T>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
+      load_unit<T>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
     }
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
@@ -112,40 +114,45 @@ __global__ void __launch_bounds__(kThreads) latent_forward_general(const __grid_
         kl[j] = Acc(0.5) * fma(mean[j], mean[j], own.phi());
       }
     }
-    if (want_kl && p.result.reduction == Reduction::kNone) store_unit<Acc, kVector>(p.kl, unit.at[kKl], unit.valid, kl);
+    if (want_kl && p.result.reduction == Reduction::kNone) store_nats<T>(p.kl, unit.at[kKl], unit.valid, kl);
     if (!want_z) continue;
     const uint64_t index = p.first_index + static_cast<uint64_t>(unit.at[kIndex]);
     for (int64_t k = 0; k < p.samples; ++k) {
       Acc eps[kUnit];
-      unit_normals<kVector, false>(index, static_cast<uint32_t>(k), p.stream, seed, eps);
+      unit_normals<kIsVector<T>, false>(index, static_cast<uint32_t>(k), p.stream, seed, eps);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) eps[j] = math::sample(mean[j], std[j], eps[j]);
-      store_unit<T, kVector>(p.z, unit.at[kZ] + k * p.z.sample, unit.valid, eps);
+      store_unit<T>(p.z, unit.at[kZ] + k * p.z.sample, unit.valid, eps);
     }
   }
   if (want_kl && p.result.reduction != Reduction::kNone) finish(p.plan, place, blockIdx.x, sum.value(), p.result);
 }
 
 template <typename T>
-void launch_typed(const LatentParams& p, LatentPath path, void* stream) {
+void launch_vector(const LatentParams& p, LatentPath path, void* stream) {
   if constexpr (sizeof(T) < 8) {
-    if (path.fast) return launch(p.clamp ? latent_forward_fast<T, true> : latent_forward_fast<T, false>, p.plan.tiles, p, stream);
+    if (path.fast)
+      return launch(p.clamp ? latent_forward_fast<T, true> : latent_forward_fast<T, false>, p.plan.tiles, p, stream);
   }
-  launch(path.vector ? latent_forward_general<T, true> : latent_forward_general<T, false>, p.plan.tiles, p, stream);
+  launch(latent_forward_general<T>, p.plan.tiles, p, stream);
 }
 
 }  // namespace
 
 void launch_latent_forward(const LatentParams& p, DType dtype, LatentPath path, void* stream) {
+  if (!path.vector) {
+    return launch(dtype == DType::kFloat64 ? latent_forward_general<Any<double>> : latent_forward_general<Any<float>>,
+                  p.plan.tiles, p, stream);
+  }
   switch (dtype) {
     case DType::kFloat32:
-      return launch_typed<float>(p, path, stream);
+      return launch_vector<float>(p, path, stream);
     case DType::kFloat64:
-      return launch_typed<double>(p, path, stream);
+      return launch_vector<double>(p, path, stream);
     case DType::kBFloat16:
-      return launch_typed<BFloat16>(p, path, stream);
+      return launch_vector<BFloat16>(p, path, stream);
     case DType::kFloat16:
-      return launch_typed<Float16>(p, path, stream);
+      return launch_vector<Float16>(p, path, stream);
   }
 }
 

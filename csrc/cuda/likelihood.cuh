@@ -1,46 +1,13 @@
 // log N(x; mean, e^logvar) over one tile: what the likelihood kernels and the loss kernel share.
 #pragma once
 
+#include "likelihood.h"
 #include "math.cuh"
 #include "place.cuh"
 #include "reduce.cuh"
 
 namespace fused_elbo {
 namespace cuda {
-
-// How the operands are read. kUniform: one logvar per segment (none at all, one number, one per channel); kFull: one per element in
-// the dtype of x; both in 16-byte accesses. kStrided: any layout, any dtype of logvar.
-enum class Access : int32_t { kUniform, kFull, kStrided };
-
-struct LikelihoodParams {
-  Plan plan;
-  View x, mean, logvar;
-  bool uniform = false;  // one logvar per segment, also when kStrided
-  double logvar_value = 0;
-  View grad_ll;  // of a row, or elementwise
-  double grad_ll_scale = 1;
-  bool grad_elementwise = false;
-  View grad_mean, grad_x;
-  View grad_logvar;              // per element; absent where it is summed over segments
-  void* segment_grad = nullptr;  // [samples, rows, segments]
-  DType segment_grad_dtype = DType::kFloat32;
-  Parts segment_parts;        // where blocks share a segment
-  View ll;                       // elementwise; otherwise in result
-  Result result;
-};
-
-struct LikelihoodPath {
-  Access access = Access::kStrided;
-};
-
-void launch_likelihood_forward(const LikelihoodParams&, DType, LikelihoodPath, void* stream);
-void launch_likelihood_backward(const LikelihoodParams&, DType, LikelihoodPath, void* stream);
-
-struct PreparedLikelihood {
-  LikelihoodParams params;
-  LikelihoodPath path;
-};
-PreparedLikelihood prepare_likelihood(const LikelihoodArgs&, Pass, Workspace&);
 
 // One gradient per segment from what its threads hold: in the team, in the block, or by the last block to arrive.
 template <typename Acc>
@@ -62,14 +29,14 @@ __device__ inline void finish_segment(const LikelihoodParams& p, const Place& pl
 }
 
 // The thread's share of a tile. Returns its part of the row's log-likelihood; writes the elementwise results.
-template <typename T, Pass kPass, Access kAccess, typename Acc = typename Traits<T>::Acc>
+template <typename T, Pass kPass, bool kFull, typename Acc = typename Traits<T>::Acc>
 __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& place, uint32_t tile) {
   constexpr int kUnit = Traits<T>::kUnit;
-  constexpr bool kVector = kAccess != Access::kStrided;
+  constexpr bool kVector = kIsVector<T>;
   constexpr bool kValue = kPass != Pass::kBackward, kGrad = kPass != Pass::kForward;
   const Plan& plan = p.plan;
 
-  const bool uniform = kAccess == Access::kUniform || (kAccess == Access::kStrided && p.uniform);
+  const bool uniform = kVector ? !kFull : p.uniform;
   const View* const views[] = {&p.x, &p.mean, &p.logvar, &p.grad_ll, &p.grad_mean, &p.grad_x, &p.grad_logvar, &p.ll};
   enum { kX, kMean, kLogVar, kGradLl, kGradMean, kGradX, kGradLogVar, kLl, kViews };
   int64_t base[kViews] = {};
@@ -80,25 +47,30 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
       if (p.logvar.present()) row_logvar = load_any<Acc>(p.logvar.data, base[kLogVar], p.logvar.dtype);
       row_precision = math::exp(-row_logvar);
     }
-    if (kGrad && p.grad_ll.present() && !p.grad_elementwise) row_grad *= static_cast<const Acc*>(p.grad_ll.data)[base[kGradLl]];
+    if (kGrad && p.grad_ll.present() && !p.grad_elementwise)
+      row_grad *= static_cast<const Acc*>(p.grad_ll.data)[base[kGradLl]];
   }
 
-  // Sums of the squared differences, weighted by precision (unless uniform) and upstream gradient (where elementwise); of logvar; of weights.
+  // Sums of the squared differences, weighted by precision (unless uniform) and upstream gradient (where elementwise);
+  // of logvar; of weights.
   Acc squares = 0, logvars = 0, weighted_squares = 0, weights = 0;
   int64_t count = 0;
   for (uint32_t u = place.begin; u < place.end; u += place.stride) {
     const Unit<kVector, kViews> unit(plan, place.first_unit + u, kUnit, views, base);
     Acc difference[kUnit], mean[kUnit], logvar[kUnit], weight[kUnit];
-    load_unit<T, kVector>(p.x, unit.at[kX], unit.valid, difference);
-    load_unit<T, kVector>(p.mean, unit.at[kMean], unit.valid, mean);
-    if constexpr (kAccess == Access::kFull) load_unit<T, kVector>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
-    if constexpr (kAccess == Access::kStrided) {
+    load_unit<T>(p.x, unit.at[kX], unit.valid, difference);
+    load_unit<T>(p.mean, unit.at[kMean], unit.valid, mean);
+    if constexpr (kVector && kFull) load_unit<T>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
+    if constexpr (!kVector) {
       if (!uniform) {
-        with_type(p.logvar.dtype, [&](auto type) { load_unit<decltype(type), false>(p.logvar, unit.at[kLogVar], unit.valid, logvar); });
+        with_type(p.logvar.dtype, [&](auto type) {
+          load_strided(static_cast<const decltype(type)*>(p.logvar.data) + unit.at[kLogVar], p.logvar.element,
+                       unit.valid, logvar);
+        });
       }
     }
     if constexpr (kGrad) {
-      if (p.grad_elementwise) load_unit<Acc, kVector>(p.grad_ll, unit.at[kGradLl], unit.valid, weight);
+      if (p.grad_elementwise) load_nats<T>(p.grad_ll, unit.at[kGradLl], unit.valid, weight);
     }
     count += unit.valid;
 
@@ -108,7 +80,7 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
       if (!kVector && j >= unit.valid) continue;
       difference[j] -= mean[j];
       Acc scaled = difference[j];  // by the precision, where that is not left for the end
-      if constexpr (kAccess != Access::kUniform) {
+      if constexpr (!kVector || kFull) {
         if (!uniform) {
           scaled *= math::exp(-logvar[j]);
           if (kValue) logvars += logvar[j];
@@ -116,7 +88,8 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
       }
       if constexpr (kValue) {
         squares = fma(scaled, difference[j], squares);
-        value[j] = Acc(-0.5) * fma(scaled * row_precision, difference[j], (uniform ? row_logvar : logvar[j]) + Acc(math::kLog2Pi));
+        value[j] = Acc(-0.5) *
+                   fma(scaled * row_precision, difference[j], (uniform ? row_logvar : logvar[j]) + Acc(math::kLog2Pi));
       }
       if constexpr (kGrad) {
         const Acc upstream = p.grad_elementwise ? weight[j] * row_grad : row_grad;
@@ -128,26 +101,28 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
       }
     }
     if constexpr (kValue) {
-      if (p.ll.present()) store_unit<Acc, kVector>(p.ll, unit.at[kLl], unit.valid, value);
+      if (p.ll.present()) store_nats<T>(p.ll, unit.at[kLl], unit.valid, value);
     }
     if constexpr (kGrad) {
-      if (p.grad_mean.present()) store_unit<T, kVector>(p.grad_mean, unit.at[kGradMean], unit.valid, grad_mean);
-      if (kAccess != Access::kUniform && p.grad_logvar.present()) {
-        if constexpr (kVector) {
-          if (p.grad_logvar.dtype == Traits<T>::kDType) {
-            store_unit<T, true>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
-          } else {
-            store_unit<Acc, true>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
-          }
+      if (p.grad_mean.present()) store_unit<T>(p.grad_mean, unit.at[kGradMean], unit.valid, grad_mean);
+      if constexpr (!kVector) {
+        if (p.grad_logvar.present()) {
+          with_type(p.grad_logvar.dtype, [&](auto type) {
+            store_strided(static_cast<decltype(type)*>(p.grad_logvar.data) + unit.at[kGradLogVar],
+                          p.grad_logvar.element, unit.valid, grad_logvar);
+          });
+        }
+      } else if (kFull && p.grad_logvar.present()) {
+        if (p.grad_logvar.dtype == Traits<T>::kDType) {
+          store_unit<T>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
         } else {
-          with_type(p.grad_logvar.dtype,
-                    [&](auto type) { store_unit<decltype(type), false>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar); });
+          store_nats<T>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
         }
       }
       if (p.grad_x.present()) {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) grad_mean[j] = -grad_mean[j];
-        store_unit<T, kVector>(p.grad_x, unit.at[kGradX], unit.valid, grad_mean);
+        store_unit<T>(p.grad_x, unit.at[kGradX], unit.valid, grad_mean);
       }
     }
   }

@@ -1,9 +1,9 @@
 // Gradients of log N(x; mean, exp(logvar)), with d = x - mean, s = d exp(-logvar) and g the upstream gradient:
 //   g s for mean (its negative for x), g 1/2 (s d - 1) for logvar, summed where one logvar serves a segment.
 //
-// Bytes per element: read x and mean, write grad_mean: 12 in float32, 6 in bfloat16 and float16, 24 in float64; a logvar per element adds
-// its own reading and a gradient of 4 bytes (8 in float64).
-// Launch: as the forward pass (likelihood_forward.cu).
+// Bytes per element: read x and mean, write grad_mean: 12 in float32, 6 in bfloat16 and float16, 24 in float64; a
+// logvar per element adds its own reading and a gradient of 4 bytes (8 in float64). Launch: as the forward pass
+// (likelihood_forward.cu).
 #include "launch.cuh"
 #include "likelihood.cuh"
 
@@ -11,32 +11,35 @@ namespace fused_elbo {
 namespace cuda {
 namespace {
 
-template <typename T, Access kAccess>
+template <typename T, bool kFull>
 __global__ void __launch_bounds__(kThreads) likelihood_backward(const __grid_constant__ LikelihoodParams p) {
   const Place place = find_place(p.plan, blockIdx.x);
-  likelihood_tile<T, Pass::kBackward, kAccess>(p, place, blockIdx.x);
+  likelihood_tile<T, Pass::kBackward, kFull>(p, place, blockIdx.x);
 }
 
 template <typename T>
-void launch_typed(const LikelihoodParams& p, Access access, void* stream) {
-  void (*kernel)(LikelihoodParams) = access == Access::kUniform ? likelihood_backward<T, Access::kUniform>
-                                     : access == Access::kFull  ? likelihood_backward<T, Access::kFull>
-                                                                : likelihood_backward<T, Access::kStrided>;
-  launch(kernel, p.plan.tiles, p, stream);
+void launch_vector(const LikelihoodParams& p, bool full, void* stream) {
+  launch(full ? likelihood_backward<T, true> : likelihood_backward<T, false>, p.plan.tiles, p, stream);
 }
 
 }  // namespace
 
-void launch_likelihood_backward(const LikelihoodParams& p, DType dtype, LikelihoodPath path, void* stream) {
+void launch_likelihood_backward(const LikelihoodParams& p, DType dtype, Access access, void* stream) {
+  if (access == Access::kStrided) {
+    return launch(
+        dtype == DType::kFloat64 ? likelihood_backward<Any<double>, false> : likelihood_backward<Any<float>, false>,
+        p.plan.tiles, p, stream);
+  }
+  const bool full = access == Access::kFull;
   switch (dtype) {
     case DType::kFloat32:
-      return launch_typed<float>(p, path.access, stream);
+      return launch_vector<float>(p, full, stream);
     case DType::kFloat64:
-      return launch_typed<double>(p, path.access, stream);
+      return launch_vector<double>(p, full, stream);
     case DType::kBFloat16:
-      return launch_typed<BFloat16>(p, path.access, stream);
+      return launch_vector<BFloat16>(p, full, stream);
     case DType::kFloat16:
-      return launch_typed<Float16>(p, path.access, stream);
+      return launch_vector<Float16>(p, full, stream);
   }
 }
 

@@ -1,8 +1,8 @@
 // Formulations for the GPU of what csrc/math defines: fewer instructions, the same error bounds.
 //   Normals in float: lg2.approx and sqrt.approx where they are accurate enough, a polynomial near u = 1 where not.
 //   Terms of logvar in float: range reduction with one saturating fma, so that no value of logvar needs a select.
-// double takes the formulas of csrc/math as they are. Every sum of products is an explicit fma: the compiler has nothing left
-// to contract, so two kernels that share a formula round alike.
+// double takes the formulas of csrc/math as they are. Every sum of products is an explicit fma: the compiler has
+// nothing left to contract, so two kernels that share a formula round alike.
 #pragma once
 
 #include "../math/gaussian.h"
@@ -24,8 +24,8 @@ __device__ inline float radius_approx(float u) {
   return sqrt_approx(-(u > 0.9f ? near_one : log2_approx(u)));
 }
 
-// kScale times the normals of two words; sqrt(2 ln 2) of the radius and kScale sit in the coefficients. Errors weighted by what
-// the noise contract allows, 1e-7 for the cosine (degree 8) and 4e-9 for the sine (degree 9).
+// kScale times the normals of two words; sqrt(2 ln 2) of the radius and kScale sit in the coefficients. Errors weighted
+// by what the noise contract allows, 1e-7 for the cosine (degree 8) and 4e-9 for the sine (degree 9).
 template <int kHalve>
 __device__ inline void box_muller(uint32_t even_word, uint32_t odd_word, float& even, float& odd) {
   constexpr float k = kHalve ? 0.5f : 1.0f;
@@ -50,8 +50,9 @@ __device__ inline void box_muller(uint32_t even_word, uint32_t odd_word, double&
   }
 }
 
-// Philox with the key schedule worked out once per thread: 20 additions less per counter. Counter words 1 to 3 are the same for
-// every counter of a thread, so that the compiler moves what depends on them alone (a product of the second round) out of the loop.
+// Philox with the key schedule worked out once per thread: 20 additions less per counter. Counter words 1 to 3 are the
+// same for every counter of a thread, so that the compiler moves what depends on them alone (a product of the second
+// round) out of the loop.
 class Philox {
  public:
   __device__ Philox(uint64_t seed, uint32_t counter_high, uint32_t sample, uint32_t stream)
@@ -101,8 +102,9 @@ struct LogVar {
 
 __device__ inline LogVar<float> logvar_terms(float x) {
   const float h = 0.5f * x;
-  // n = rint(h / ln 2) held to [-127, 127] by the saturation (NaN: -127); power = 2^n, 0 at -127. At n = 127 the remainder r may grow:
-  // up to ln 2 the polynomial still serves, beyond it everything overflows to infinity, as it should.
+  // n = rint(h / ln 2) held to [-127, 127] by the saturation (NaN: -127); power = 2^n, 0 at -127. At n = 127 the
+  // remainder r may grow: up to ln 2 the polynomial still serves, beyond it everything overflows to infinity, as it
+  // should.
   const float unit = fma_saturate(h, 1.44269504f / 254.0f, 0.5f);
   const float shifted = fma(unit, 254.0f, 12582912.0f);
   const float n = shifted - (12582912.0f + 127.0f);

@@ -9,13 +9,13 @@ namespace cuda {
 
 // The share of one thread in a tile.
 struct Place {
-  int64_t sample, row;    // of the index space [samples, rows]
-  int64_t outer, segment; // sample * rows + row; segment of that row
-  int64_t first_unit;     // where the block's or the team's run begins
-  uint32_t begin, end;    // the thread's units, counted from first_unit
-  uint32_t stride;        // between two units of a thread
-  int lane;               // in its team (or block)
-  bool active;            // has a segment at all
+  int64_t sample, row;     // of the index space [samples, rows]
+  int64_t outer, segment;  // sample * rows + row; segment of that row
+  int64_t first_unit;      // where the block's or the team's run begins
+  uint32_t begin, end;     // the thread's units, counted from first_unit
+  uint32_t stride;         // between two units of a thread
+  int lane;                // in its team (or block)
+  bool active;             // has a segment at all
 };
 
 // a / b and a % b for a that nearly always fits 32 bits, where division costs a fifth.
@@ -53,7 +53,8 @@ __device__ inline Place find_place(const Plan& plan, uint64_t tile) {
       const uint32_t local_row = segments == 1 ? team : team / segments;
       p.segment = segments == 1 ? 0 : team - local_row * segments;
       outer = tile * plan.rows_per_tile + local_row;
-      p.active = static_cast<int64_t>(local_row) < plan.rows_per_tile && static_cast<int64_t>(outer) < plan.outer_rows();
+      p.active =
+          static_cast<int64_t>(local_row) < plan.rows_per_tile && static_cast<int64_t>(outer) < plan.outer_rows();
     } else {
       divide(tile, plan.tiles_per_row, outer, part);
       p.segment = part * (kThreads / plan.lanes) + team;
@@ -72,10 +73,11 @@ __device__ inline Place find_place(const Plan& plan, uint64_t tile) {
   return p;
 }
 
-// Offsets of several views at one index along the plan's dimensions [first, last). One pass of divisions serves all views.
+// Offsets of several views at one index along the plan's dimensions [first, last). One pass of divisions serves all
+// views.
 template <int kViews>
-__device__ inline void add_offsets(const Plan& plan, int first, int last, uint64_t index, const View* const (&views)[kViews],
-                                   int64_t (&offsets)[kViews]) {
+__device__ inline void add_offsets(const Plan& plan, int first, int last, uint64_t index,
+                                   const View* const (&views)[kViews], int64_t (&offsets)[kViews]) {
 #pragma unroll 1
   for (int i = first; i < last; ++i) {
     uint64_t coordinate = index;
@@ -87,19 +89,22 @@ __device__ inline void add_offsets(const Plan& plan, int first, int last, uint64
 
 // First elements of the place's segment, without the sample's share.
 template <int kViews>
-__device__ inline void segment_offsets(const Plan& plan, const Place& p, const View* const (&views)[kViews], int64_t (&offsets)[kViews]) {
+__device__ inline void segment_offsets(const Plan& plan, const Place& p, const View* const (&views)[kViews],
+                                       int64_t (&offsets)[kViews]) {
 #pragma unroll
   for (int v = 0; v < kViews; ++v) offsets[v] = p.sample * views[v]->sample + p.row * views[v]->row;
   if (plan.segments > 1) add_offsets(plan, plan.unit_dims, plan.dims, p.segment, views, offsets);
 }
 
-// Where a unit of a segment lies in each view, and how many of its elements exist. kVector: units lie one behind the other.
+// Where a unit of a segment lies in each view, and how many of its elements exist. kVector: units lie one behind the
+// other.
 template <bool kVector, int kViews>
 struct Unit {
   int64_t at[kViews];
   int valid;
 
-  __device__ Unit(const Plan& plan, int64_t unit, int elements, const View* const (&views)[kViews], const int64_t (&base)[kViews])
+  __device__ Unit(const Plan& plan, int64_t unit, int elements, const View* const (&views)[kViews],
+                  const int64_t (&base)[kViews])
       : valid(elements) {
 #pragma unroll
     for (int v = 0; v < kViews; ++v) at[v] = base[v] + (kVector ? unit * elements : 0);
@@ -116,23 +121,44 @@ struct Unit {
   }
 };
 
-template <typename T, bool kVector, typename Acc, int kUnit>
+template <typename T, typename Acc, int kUnit>
 __device__ inline void load_unit(const View& view, int64_t at, int valid, Acc (&v)[kUnit]) {
-  const T* p = static_cast<const T*>(view.data) + at;
-  if constexpr (kVector) {
-    load_vector(p, v);
+  if constexpr (kIsVector<T>) {
+    load_vector(static_cast<const T*>(view.data) + at, v);
   } else {
-    load_strided(p, view.element, valid, v);
+    with_type_of(T(), view.dtype, [&](auto type) {
+      load_strided(static_cast<const decltype(type)*>(view.data) + at, view.element, valid, v);
+    });
   }
 }
 
-template <typename T, bool kVector, typename Acc, int kUnit>
+template <typename T, typename Acc, int kUnit>
 __device__ inline void store_unit(const View& view, int64_t at, int valid, const Acc (&v)[kUnit]) {
-  T* p = static_cast<T*>(view.data) + at;
-  if constexpr (kVector) {
-    store_vector(p, v);
+  if constexpr (kIsVector<T>) {
+    store_vector(static_cast<T*>(view.data) + at, v);
   } else {
-    store_strided(p, view.element, valid, v);
+    with_type_of(T(), view.dtype, [&](auto type) {
+      store_strided(static_cast<decltype(type)*>(view.data) + at, view.element, valid, v);
+    });
+  }
+}
+
+// Units in arithmetic's dtype beside units of T: what is in nats.
+template <typename T, typename Acc, int kUnit>
+__device__ inline void load_nats(const View& view, int64_t at, int valid, Acc (&v)[kUnit]) {
+  if constexpr (kIsVector<T>) {
+    load_vector(static_cast<const Acc*>(view.data) + at, v);
+  } else {
+    load_strided(static_cast<const Acc*>(view.data) + at, view.element, valid, v);
+  }
+}
+
+template <typename T, typename Acc, int kUnit>
+__device__ inline void store_nats(const View& view, int64_t at, int valid, const Acc (&v)[kUnit]) {
+  if constexpr (kIsVector<T>) {
+    store_vector(static_cast<Acc*>(view.data) + at, v);
+  } else {
+    store_strided(static_cast<Acc*>(view.data) + at, view.element, valid, v);
   }
 }
 

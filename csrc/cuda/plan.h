@@ -1,10 +1,12 @@
-// How an index space is cut into tiles, units and accesses: host arithmetic on shapes and strides, the same for every kernel.
+// How an index space is cut into tiles, units and accesses: host arithmetic on shapes and strides, the same for every
+// kernel.
 //
-// A segment is what one thread team reads in a run: a row, or the part of a row that shares one learned scale. A unit is what a
-// thread takes at once (Traits::kUnit elements along the last dimension). Two plans, chosen by the length of a segment alone, so that
-// a row's sums have one order whatever the batch:
+// A segment is what one thread team reads in a run: a row, or the part of a row that shares one learned scale. A unit
+// is what a thread takes at once (Traits::kUnit elements along the last dimension). Two plans, chosen by the length of
+// a segment alone, so that a row's sums have one order whatever the batch:
 //   teams: up to 32 lanes per segment, 256 threads serve 256 / lanes segments (B = 10^6, N = 8: two lanes a row)
-//   chunks: a block per chunk of a segment (B = 1, N = 10^8: 6 000 blocks), partial sums finished by the last block to arrive
+//   chunks: a block per chunk of a segment (B = 1, N = 10^8: 6 000 blocks), partial sums finished by the last block to
+//   arrive
 #pragma once
 
 #include <cstdint>
@@ -35,7 +37,8 @@ struct Plan {
   int64_t segments = 1;           // per row
   int64_t event = 0;
 
-  // Dimensions [0, unit_dims) span the units of a segment, [unit_dims, dims) the segments of a row; fastest first in each.
+  // Dimensions [0, unit_dims) span the units of a segment, [unit_dims, dims) the segments of a row; fastest first in
+  // each.
   int unit_dims = 1, dims = 1;
   int64_t count[kMaxDims] = {0, 1, 1, 1, 1};
   int unit_dim = 0;         // the dimension that units lie along
@@ -54,7 +57,9 @@ struct Plan {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Elements in a thread's unit where 16-byte accesses serve every operand, and where not.
 inline int unit_elements(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat64 ? 4 : 8; }
+constexpr int kStridedUnit = 4;
 inline int64_t item_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // The event dimensions of a call, cut so that the last `segment` elements are whole dimensions.

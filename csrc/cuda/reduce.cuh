@@ -1,13 +1,14 @@
 // Sums in a fixed order: lanes of a team, threads of a block, blocks of a row, rows of a batch. No float atomics.
 //
-// Results that several blocks share are written to the workspace; a ticket (an integer atomic) tells the block that arrives last, and
-// that block adds them up in their order. Tickets start at 0: the launcher clears them with one memset node on the same stream. (Tickets
-// that reset themselves would have to outlive the call, and two graph replays on two streams could then share them.)
+// Results that several blocks share are written to the workspace; a ticket (an integer atomic) tells the block that
+// arrives last, and that block adds them up in their order. Tickets start at 0: the launcher clears them with one
+// memset node on the same stream. (Tickets that reset themselves would have to outlive the call, and two graph replays
+// on two streams could then share them.)
 #pragma once
 
 #include "place.cuh"
-#include "plan.h"
 #include "types.cuh"
+#include "workspace.h"
 
 namespace fused_elbo {
 namespace cuda {
@@ -20,8 +21,8 @@ __device__ inline Acc team_sum(Acc value, int lanes) {
   return value;
 }
 
-// Sum over the block, in every thread. In double whatever the dtype: it is a handful of additions, and the number of threads and
-// blocks then costs no accuracy.
+// Sum over the block, in every thread. In double whatever the dtype: it is a handful of additions, and the number of
+// threads and blocks then costs no accuracy.
 __device__ inline double block_sum(double value) {
   __shared__ double warp_sums[kThreads / 32];
   value = team_sum(value, 32);
@@ -34,7 +35,8 @@ __device__ inline double block_sum(double value) {
   return total;
 }
 
-// Whether this block is the last of `count` to come here. What the others wrote before is visible to the whole block then.
+// Whether this block is the last of `count` to come here. What the others wrote before is visible to the whole block
+// then.
 __device__ inline bool last_to_arrive(uint32_t* ticket, uint32_t count) {
   __shared__ bool last;
   __syncthreads();
@@ -57,30 +59,12 @@ __device__ inline double share_of_parts(const double* parts, int64_t count) {
   return sum;
 }
 
-// Where blocks leave their parts of one sum, and the tickets that find the last of them.
-struct Parts {
-  double* values = nullptr;
-  uint32_t* tickets = nullptr;
-};
-
-// The way from blocks to rows to one number: parts of a row, one per tile; then items (tiles with whole rows, or else rows) in groups of
-// kItemsPerGroup; then groups.
-struct Tree {
-  Parts rows;    // unused where a row has one block
-  Parts items;   // these two unused where every row has its own result
-  Parts groups;  // one ticket
-};
-
-FUSED_ELBO_HD inline int64_t item_count(const Plan& plan) {
-  return plan.tiles_per_row == 1 ? plan.tiles : plan.outer_rows();
-}
-
-// Adds up what the threads of a tile hold. on_row(outer row, value) is called by one thread for each row, when it is complete, and gives
-// the row's contribution to the total. Returns true in the block that completed the total, which then is in `total`; never where
-// `scalar` is false. Items are numbered from first_item on, of `items`.
+// Adds up what the threads of a tile hold. on_row(outer row, value) is called by one thread for each row, when it is
+// complete, and gives the row's contribution to the total. Returns true in the block that completed the total, which
+// then is in `total`; never where `scalar` is false. Items are numbered from first_item on, of `items`.
 template <typename Acc, typename OnRow>
-__device__ inline bool climb(const Plan& plan, const Place& place, uint32_t tile, Acc value, const Tree& tree, bool scalar,
-                             int64_t first_item, int64_t items, double& total, const OnRow& on_row) {
+__device__ inline bool climb(const Plan& plan, const Place& place, uint32_t tile, Acc value, const Tree& tree,
+                             bool scalar, int64_t first_item, int64_t items, double& total, const OnRow& on_row) {
   enum Level { kTile, kRow, kGroup, kTotal };
   int level = plan.tiles_per_row > 1 ? kTile : kRow;
   int64_t index = tile;
@@ -149,77 +133,21 @@ __device__ inline bool climb(const Plan& plan, const Place& place, uint32_t tile
   }
 }
 
-// A per-row result or its sum over rows.
-struct Result {
-  View out;
-  Reduction reduction = Reduction::kOff;
-  double scale = 1;
-  Tree tree;
-};
-
 template <typename Acc>
 __device__ inline void finish(const Plan& plan, const Place& place, uint32_t tile, Acc value, const Result& result) {
   Acc* out = static_cast<Acc*>(result.out.data);
   const bool scalar = result.reduction != Reduction::kSample;
   double total;
-  const bool complete = climb(plan, place, tile, value, result.tree, scalar, 0, item_count(plan), total, [&](int64_t outer, Acc row) {
-    if (!scalar) {
-      const int64_t sample = plan.samples > 1 ? outer / plan.rows : 0;
-      out[sample * result.out.sample + (outer - sample * plan.rows) * result.out.row] = row;
-    }
-    return static_cast<double>(row);
-  });
+  const bool complete =
+      climb(plan, place, tile, value, result.tree, scalar, 0, item_count(plan), total, [&](int64_t outer, Acc row) {
+        if (!scalar) {
+          const int64_t sample = plan.samples > 1 ? outer / plan.rows : 0;
+          out[sample * result.out.sample + (outer - sample * plan.rows) * result.out.row] = row;
+        }
+        return static_cast<double>(row);
+      });
   if (complete && threadIdx.x == 0) *out = static_cast<Acc>(total * result.scale);
 }
-
-// Host: pieces of the workspace: tickets in front, so that one memset clears them, values behind. Two passes over the same requests:
-// the first, without memory, only counts.
-class Workspace {
- public:
-  Workspace() = default;
-  Workspace(void* base, const Workspace& counted)
-      : tickets_(reinterpret_cast<uintptr_t>(base)), values_(tickets_ + counted.ticket_bytes_) {}
-
-  uint32_t* tickets(int64_t count) {
-    return reinterpret_cast<uint32_t*>(tickets_ + take(ticket_bytes_, count * static_cast<int64_t>(sizeof(uint32_t))));
-  }
-  double* values(int64_t count) {
-    return reinterpret_cast<double*>(values_ + take(value_bytes_, count * static_cast<int64_t>(sizeof(double))));
-  }
-  Parts parts(int64_t count, int64_t sums) {
-    Parts p;
-    p.tickets = tickets(sums);
-    p.values = values(count);
-    return p;
-  }
-  Parts row_parts(const Plan& plan) { return plan.tiles_per_row > 1 ? parts(plan.tiles, plan.outer_rows()) : Parts(); }
-  void scalar_parts(Tree& tree, int64_t items) {
-    const int64_t groups = ceil_div(items, kItemsPerGroup);
-    tree.items = parts(items, groups);
-    tree.groups = parts(groups, 1);
-  }
-  Result result(const Plan& plan, const View& out, Reduction reduction, double scale) {
-    Result r;
-    r.out = out;
-    r.reduction = reduction;
-    r.scale = scale;
-    if (reduction == Reduction::kOff || reduction == Reduction::kNone) return r;
-    r.tree.rows = row_parts(plan);
-    if (reduction != Reduction::kSample) scalar_parts(r.tree, item_count(plan));
-    return r;
-  }
-  int64_t ticket_bytes() const { return ticket_bytes_; }
-  int64_t bytes() const { return ticket_bytes_ + value_bytes_; }
-
- private:
-  static int64_t take(int64_t& used, int64_t bytes) {
-    const int64_t at = used;
-    used += ceil_div(bytes, 16) * 16;
-    return at;
-  }
-  uintptr_t tickets_ = 0, values_ = 0;
-  int64_t ticket_bytes_ = 0, value_bytes_ = 0;
-};
 
 }  // namespace cuda
 }  // namespace fused_elbo

@@ -1,4 +1,5 @@
-// dtypes as the kernels see them: storage, the type that arithmetic runs in, and units of elements moved 16 bytes at a time.
+// dtypes as the kernels see them: storage, the type that arithmetic runs in, and units of elements moved 16 bytes at a
+// time.
 #pragma once
 
 #include "../args.h"
@@ -42,6 +43,20 @@ struct Traits<Float16> {
   static constexpr int kUnit = 8;
   static constexpr DType kDType = DType::kFloat16;
 };
+
+// Operands whose dtype the kernel learns at run time, read element by element: one kernel for every layout that 16-byte
+// accesses do not serve. Any<float> stands for float32, bfloat16 and float16, Any<double> for float64.
+template <typename A>
+struct Any {};
+template <typename A>
+struct Traits<Any<A>> {
+  using Acc = A;
+  static constexpr int kUnit = 4;
+};
+template <typename T>
+constexpr bool kIsVector = true;
+template <typename A>
+constexpr bool kIsVector<Any<A>> = false;
 
 __device__ inline float to_acc(float x) { return x; }
 __device__ inline double to_acc(double x) { return x; }
@@ -89,10 +104,12 @@ __device__ inline uint4 pack(const float (&v)[4], float) {
   return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
 }
 __device__ inline uint4 pack(const float (&v)[8], BFloat16) {
-  return make_uint4(pack_bfloat16(v[0], v[1]), pack_bfloat16(v[2], v[3]), pack_bfloat16(v[4], v[5]), pack_bfloat16(v[6], v[7]));
+  return make_uint4(pack_bfloat16(v[0], v[1]), pack_bfloat16(v[2], v[3]), pack_bfloat16(v[4], v[5]),
+                    pack_bfloat16(v[6], v[7]));
 }
 __device__ inline uint4 pack(const float (&v)[8], Float16) {
-  return make_uint4(pack_float16(v[0], v[1]), pack_float16(v[2], v[3]), pack_float16(v[4], v[5]), pack_float16(v[6], v[7]));
+  return make_uint4(pack_float16(v[0], v[1]), pack_float16(v[2], v[3]), pack_float16(v[4], v[5]),
+                    pack_float16(v[6], v[7]));
 }
 
 // One unit, 16 bytes per access. `p` must be 16-byte aligned.
@@ -165,11 +182,24 @@ __device__ inline void with_type(DType dtype, const F& f) {
   }
 }
 
+// The same among the dtypes of Any<Acc>.
+template <typename F>
+__device__ inline void with_type_of(Any<float>, DType dtype, const F& f) {
+  if (dtype == DType::kFloat32) return f(float());
+  if (dtype == DType::kBFloat16) return f(BFloat16());
+  f(Float16());
+}
+template <typename F>
+__device__ inline void with_type_of(Any<double>, DType, const F& f) {
+  f(double());
+}
+
 // One number whose dtype is known only at run time (a learned scale and its gradient).
 template <typename Acc>
 __device__ inline Acc load_any(const void* data, int64_t index, DType dtype) {
   Acc value = 0;
-  with_type(dtype, [&](auto type) { value = static_cast<Acc>(to_acc(static_cast<const decltype(type)*>(data)[index])); });
+  with_type(dtype,
+            [&](auto type) { value = static_cast<Acc>(to_acc(static_cast<const decltype(type)*>(data)[index])); });
   return value;
 }
 

@@ -32,7 +32,12 @@ def build(sanitize: str | None = None) -> Path:
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None
     torch = Path(spec.origin).parent
-    flags = ["-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch / "include")]
+    flags = [
+        "-fPIC",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-isystem",
+        str(torch / "include"),
+    ]
     link = ["-shared", f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
     sources = [*kernel_sources(ROOT), HERE / "fibers.cpp", ROOT / "csrc" / "torch_ops.cpp"]
     return _compile(ROOT, sources, "libfused_elbo_emulated.so", sanitize, flags, link)
@@ -46,7 +51,8 @@ def build_driver(sanitize: str | None = None, root: Path = ROOT) -> Path:
 
 
 def kernel_sources(root: Path) -> list[Path]:
-    return sorted((root / "csrc" / "cuda").glob("*.cu"))
+    folder = root / "csrc" / "cuda"
+    return sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])
 
 
 def _compile(
@@ -93,7 +99,10 @@ def _digest(root: Path, command: Sequence[str], link: Sequence[str], compiler: s
     digest = hashlib.sha256()
     digest.update(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
     digest.update("\0".join([*command, *link]).encode())
-    for folder, patterns in ((root / "csrc", ("*.h", "*.cuh", "*.cu", "*.cpp")), (HERE, ("*.h", "*.cpp"))):
+    for folder, patterns in (
+        (root / "csrc", ("*.h", "*.cuh", "*.cu", "*.cpp")),
+        (HERE, ("*.h", "*.cpp")),
+    ):
         for path in sorted(p for pattern in patterns for p in folder.rglob(pattern)):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

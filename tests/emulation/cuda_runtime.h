@@ -1,9 +1,11 @@
-// Stands in for CUDA's <cuda_runtime.h>, so that the kernels of csrc/cuda compile unmodified with a C++ compiler and run on the CPU.
+// Stands in for CUDA's <cuda_runtime.h>, so that the kernels of csrc/cuda compile unmodified with a C++ compiler and
+// run on the CPU.
 //
-// What it gives: the qualifiers and vector types, threadIdx and blockIdx, __shared__, __syncthreads, __shfl_xor_sync, atomicAdd, memory
-// fences, cudaMemsetAsync, and emulation::launch in the place of <<<>>>. Blocks run one after the other, their threads as fibers that give way
-// at barriers and shuffles (fibers.h), in an order that emulation::set_order chooses: kernels that lack a barrier give other
-// results in another order. With FUSED_ELBO_EMULATED_THREADS every CUDA thread is a std::thread, for ThreadSanitizer.
+// What it gives: the qualifiers and vector types, threadIdx and blockIdx, __shared__, __syncthreads, __shfl_xor_sync,
+// atomicAdd, memory fences, cudaMemsetAsync, and emulation::launch in the place of <<<>>>. Blocks run one after the
+// other, their threads as fibers that give way at barriers and shuffles (fibers.h), in an order that
+// emulation::set_order chooses: kernels that lack a barrier give other results in another order. With
+// FUSED_ELBO_EMULATED_THREADS every CUDA thread is a std::thread, for ThreadSanitizer.
 //
 // What it does not give: weak memory. A missing __threadfence cannot be seen here.
 #pragma once
@@ -20,7 +22,8 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-// One block runs at a time in an OS thread, so a static is the block's own; with a thread per CUDA thread it must be shared by all.
+// One block runs at a time in an OS thread, so a static is the block's own; with a thread per CUDA thread it must be
+// shared by all.
 #if defined(FUSED_ELBO_EMULATED_THREADS)
 #define __shared__ static
 #else

@@ -1,12 +1,13 @@
-// The instructions of csrc/cuda/intrinsics.cuh in plain C++. Approximate ones err as much as NVIDIA's PTX manual lets them, in a
-// direction that depends on the argument: code that passes here does not rest on a particular chip being better than promised.
+// The instructions of csrc/cuda/intrinsics.cuh in plain C++. Approximate ones err as much as NVIDIA's PTX manual lets
+// them, in a direction that depends on the argument: code that passes here does not rest on a particular chip being
+// better than promised.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
-
-#include <cuda_runtime.h>
 
 namespace fused_elbo {
 namespace cuda {

@@ -20,7 +20,8 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 
 #if defined(__x86_64__)
-// Saves what a call must preserve, changes stacks, restores. (swapcontext asks the kernel for the signal mask each time.)
+// Saves what a call must preserve, changes stacks, restores. (swapcontext asks the kernel for the signal mask each
+// time.)
 extern "C" void emulation_switch(void** from, void* to);
 asm(R"(
 .text
@@ -95,7 +96,8 @@ class Block {
     if (stacks_ != nullptr) munmap(stacks_, kMaxThreads * kStackBytes);
   }
 
-  void run(uint32_t block, uint32_t blocks, uint32_t threads, void (*body)(const void*), const void* user, std::mt19937& random) {
+  void run(uint32_t block, uint32_t blocks, uint32_t threads, void (*body)(const void*), const void* user,
+           std::mt19937& random) {
     reserve();
     position = Position{0, threads, block, blocks};
     body_ = body;
@@ -120,9 +122,7 @@ class Block {
     }
   }
 
-  void barrier() {
-    wait(State::kAtBarrier);
-  }
+  void barrier() { wait(State::kAtBarrier); }
 
   uint64_t shuffle(uint32_t mask, uint64_t bits, uint32_t lane_mask) {
     const uint32_t lane = position.thread % kWarp;
@@ -140,7 +140,8 @@ class Block {
  private:
   void reserve() {
     if (stacks_ != nullptr) return;
-    void* p = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) fail("no memory for stacks", position);
     stacks_ = static_cast<char*>(p);
     fibers_.resize(kMaxThreads);
@@ -246,7 +247,9 @@ void Block::entry() {
 
 const Position& current() { return t_block->position; }
 void block_barrier() { t_block->barrier(); }
-uint64_t shuffle_xor(uint32_t mask, uint64_t bits, uint32_t lane_mask) { return t_block->shuffle(mask, bits, lane_mask); }
+uint64_t shuffle_xor(uint32_t mask, uint64_t bits, uint32_t lane_mask) {
+  return t_block->shuffle(mask, bits, lane_mask);
+}
 
 void set_order(Order order, uint32_t seed) {
   g_order = order;

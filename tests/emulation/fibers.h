@@ -1,4 +1,5 @@
-// Runs the threads of a CUDA block on one CPU thread: each has a stack of its own and gives way where it must wait for others.
+// Runs the threads of a CUDA block on one CPU thread: each has a stack of its own and gives way where it must wait for
+// others.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,8 @@ const Position& current();
 // Waits until every thread of the block that has not returned is here.
 void block_barrier();
 
-// The bits that lane (own ^ lane_mask) gave. Fails where a lane of the mask has returned or the read one is not of the mask.
+// The bits that lane (own ^ lane_mask) gave. Fails where a lane of the mask has returned or the read one is not of the
+// mask.
 uint64_t shuffle_xor(uint32_t mask, uint64_t bits, uint32_t lane_mask);
 
 // The order in which blocks, and threads that can run, are resumed.

@@ -1,7 +1,7 @@
 // The loss kernel's parameters.
 #pragma once
 
-#include "likelihood.cuh"
+#include "likelihood.h"
 
 namespace fused_elbo {
 namespace cuda {
@@ -9,8 +9,8 @@ namespace cuda {
 struct ElboParams {
   LikelihoodParams reconstruction;
 
-  Plan latent_plan;            // no tiles: the KL is given, or there is none
-  bool latent_vector = false;  // 16-byte accesses, in the dtype of the reconstruction
+  Plan latent_plan;            // no tiles: the KL is given
+  bool latent_in_acc = false;  // its dtype is arithmetic's, not that of the reconstruction
   View mean, logvar, grad_mean, grad_logvar;
   const void* grad_kl = nullptr;  // one number on the device
   double grad_kl_scale = 1;

@@ -1,7 +1,5 @@
 // Host side of the loss kernel: two index spaces in one grid, one workspace.
-#include "elbo.cuh"
-
-#include "launch.cuh"
+#include "elbo.h"
 
 namespace fused_elbo {
 namespace cuda {
@@ -12,14 +10,17 @@ struct Prepared {
   Access access;
 };
 
-void lay_out_latent(ElboParams& p, const LatentArgs& a, DType reconstruction) {
-  Layout layout(a.shape, a.shape.event, unit_elements(reconstruction), a.mean);
+// Whether 16-byte accesses serve the latent, in units of the reconstruction.
+bool lay_out_latent(ElboParams& p, const LatentArgs& a, DType reconstruction, bool strided) {
+  Layout layout(a.shape, a.shape.event, strided ? kStridedUnit : unit_elements(reconstruction), a.mean);
   p.mean = layout.view(a.mean);
   p.logvar = layout.view(a.logvar);
   p.grad_mean = layout.view(a.grad_mean);
   p.grad_logvar = layout.view(a.grad_logvar);
   p.latent_plan = layout.plan(false);
-  p.latent_vector = layout.vector() && a.dtype == reconstruction;
+  p.latent_in_acc = a.dtype != reconstruction;
+  const DType acc = reconstruction == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  return layout.vector() && (a.dtype == reconstruction || a.dtype == acc);
 }
 
 Prepared prepare(const ElboArgs& a, Pass pass, Workspace& workspace) {
@@ -30,12 +31,15 @@ Prepared prepare(const ElboArgs& a, Pass pass, Workspace& workspace) {
   LikelihoodArgs reconstruction_args = a.reconstruction;
   if (pass == Pass::kForward) {
     latent_args.grad_mean.data = latent_args.grad_logvar.data = nullptr;
-    reconstruction_args.grad_mean.data = reconstruction_args.grad_x.data = reconstruction_args.grad_logvar.data = nullptr;
+    reconstruction_args.grad_mean.data = reconstruction_args.grad_x.data = reconstruction_args.grad_logvar.data =
+        nullptr;
   }
-  if (own_kl) lay_out_latent(p, latent_args, reconstruction_args.dtype);
-  const PreparedLikelihood reconstruction = prepare_likelihood(reconstruction_args, Pass::kBoth, workspace);
+  const DType dtype = reconstruction_args.dtype;
+  const bool strided = own_kl && !lay_out_latent(p, latent_args, dtype, false);
+  const PreparedLikelihood reconstruction = prepare_likelihood(reconstruction_args, Pass::kBoth, workspace, strided);
+  if (own_kl && reconstruction.access == Access::kStrided) lay_out_latent(p, latent_args, dtype, true);
   p.reconstruction = reconstruction.params;
-  r.access = reconstruction.path.access;
+  r.access = reconstruction.access;
 
   p.grad_kl = a.latent.grad_kl.data;
   p.grad_kl_scale = a.latent.grad_kl_scale;

@@ -1,7 +1,5 @@
 // Host side of the latent kernels: which dimensions to merge, which path to take, what the workspace holds.
-#include "latent.cuh"
-
-#include "launch.cuh"
+#include "latent.h"
 
 namespace fused_elbo {
 namespace cuda {
@@ -20,15 +18,27 @@ bool scalar_per_row(const Operand& o) {
   return true;
 }
 
-// Where no result belongs to a row, a dense batch is one long row: no ragged row ends, and any N is read 16 bytes at a time.
+// Where no result belongs to a row, a dense batch is one long row: no ragged row ends, and any N is read 16 bytes at a
+// time.
 void merge_rows(LatentArgs& a, bool backward) {
-  const bool rows_matter = backward ? a.has_grad_kl && a.grad_kl.data != nullptr && scalar_per_row(a.grad_kl) && a.grad_kl.row_stride != 0
-                                    : a.kl.data != nullptr && a.reduction == Reduction::kSample;
+  const bool rows_matter =
+      backward ? a.has_grad_kl && a.grad_kl.data != nullptr && scalar_per_row(a.grad_kl) && a.grad_kl.row_stride != 0
+               : a.kl.data != nullptr && a.reduction == Reduction::kSample;
   Shape& s = a.shape;
   if (rows_matter || s.event_dims != 1 || s.rows <= 1) return;
   const bool kl_elements = a.reduction == Reduction::kNone;
-  Operand* operands[] = {&a.mean, &a.logvar, &a.prior_mean, &a.prior_logvar, &a.z, kl_elements ? &a.kl : nullptr, &a.grad_z,
-                         &a.grad_kl, &a.grad_mean, &a.grad_logvar, &a.grad_prior_mean, &a.grad_prior_logvar};
+  Operand* operands[] = {&a.mean,
+                         &a.logvar,
+                         &a.prior_mean,
+                         &a.prior_logvar,
+                         &a.z,
+                         kl_elements ? &a.kl : nullptr,
+                         &a.grad_z,
+                         &a.grad_kl,
+                         &a.grad_mean,
+                         &a.grad_logvar,
+                         &a.grad_prior_mean,
+                         &a.grad_prior_logvar};
   for (const Operand* o : operands) {
     if (o != nullptr && o->data != nullptr && o->row_stride != s.event * o->stride[0]) return;
   }
@@ -37,7 +47,7 @@ void merge_rows(LatentArgs& a, bool backward) {
   s.rows = 1;
 }
 
-Prepared prepare(const LatentArgs& original, Pass pass, const Workspace& memory) {
+Prepared prepare(const LatentArgs& original, Pass pass, const Workspace& memory, bool strided = false) {
   const bool backward = pass == Pass::kBackward;
   LatentArgs a = original;
   Prepared r;
@@ -45,8 +55,9 @@ Prepared prepare(const LatentArgs& original, Pass pass, const Workspace& memory)
   p.first_index = static_cast<uint64_t>(a.key.row_offset) * static_cast<uint64_t>(a.shape.event);
   merge_rows(a, backward);
 
-  const int unit = unit_elements(a.dtype);
+  const int unit = strided ? kStridedUnit : unit_elements(a.dtype);
   Layout layout(a.shape, a.shape.event, unit, a.mean);
+  if (strided || p.first_index % 4 != 0) layout.forbid_vector();
   p.mean = layout.view(a.mean);
   p.logvar = layout.view(a.logvar);
   p.prior_mean = layout.view(a.prior_mean);
@@ -68,7 +79,7 @@ Prepared prepare(const LatentArgs& original, Pass pass, const Workspace& memory)
     p.z = layout.view(a.z);
     if (a.reduction != Reduction::kOff) p.kl = layout.view(a.kl, a.reduction != Reduction::kNone);
   }
-  if (p.first_index % 4 != 0) layout.forbid_vector();
+  if (!layout.vector() && unit != kStridedUnit) return prepare(original, pass, memory, true);
   p.index = layout.index();
   p.plan = layout.plan(false);
   p.samples = a.shape.samples;
@@ -101,7 +112,9 @@ Prepared prepare(const LatentArgs& original, Pass pass, const Workspace& memory)
 
 }  // namespace
 
-int64_t latent_workspace_bytes(const LatentArgs& args, Pass pass) { return prepare(args, pass, Workspace()).workspace.bytes(); }
+int64_t latent_workspace_bytes(const LatentArgs& args, Pass pass) {
+  return prepare(args, pass, Workspace()).workspace.bytes();
+}
 
 void latent(const LatentArgs& args, Pass pass, void* workspace, const Context& context) {
   const Workspace counted = prepare(args, pass, Workspace()).workspace;

@@ -1,7 +1,5 @@
 // Host side of the likelihood kernels: segments of one logvar, which dimensions to merge, which path to take.
-#include "likelihood.cuh"
-
-#include "launch.cuh"
+#include "likelihood.h"
 
 namespace fused_elbo {
 namespace cuda {
@@ -11,18 +9,22 @@ namespace {
 int64_t constant_run(const LikelihoodArgs& a) {
   if (a.logvar.data == nullptr) return a.shape.event;
   int64_t run = 1;
-  for (int d = a.shape.event_dims - 1; d >= 0 && (a.logvar.stride[d] == 0 || a.shape.size[d] <= 1); --d) run *= a.shape.size[d];
+  for (int d = a.shape.event_dims - 1; d >= 0 && (a.logvar.stride[d] == 0 || a.shape.size[d] <= 1); --d)
+    run *= a.shape.size[d];
   return run;
 }
 
 // Where no result belongs to a row, a dense batch is one long row.
 void merge_rows(LikelihoodArgs& a, bool forward, bool backward, bool segments) {
   Shape& s = a.shape;
-  const bool grad_per_row = backward && a.grad_ll.data != nullptr && a.reduction != Reduction::kNone && a.grad_ll.row_stride != 0;
-  if (segments || grad_per_row || (forward && a.reduction == Reduction::kSample) || s.event_dims != 1 || s.rows <= 1) return;
+  const bool grad_per_row =
+      backward && a.grad_ll.data != nullptr && a.reduction != Reduction::kNone && a.grad_ll.row_stride != 0;
+  if (segments || grad_per_row || (forward && a.reduction == Reduction::kSample) || s.event_dims != 1 || s.rows <= 1)
+    return;
   const bool elements = a.reduction == Reduction::kNone;
-  const Operand* operands[] = {&a.x,       &a.mean,      &a.logvar, elements && forward ? &a.ll : nullptr, backward ? &a.grad_ll : nullptr,
-                               &a.grad_mean, &a.grad_x, &a.grad_logvar};
+  const Operand* operands[] = {
+      &a.x,         &a.mean,   &a.logvar,     elements && forward ? &a.ll : nullptr, backward ? &a.grad_ll : nullptr,
+      &a.grad_mean, &a.grad_x, &a.grad_logvar};
   for (const Operand* o : operands) {
     if (o != nullptr && o->data != nullptr && o->row_stride != s.event * o->stride[0]) return;
   }
@@ -33,12 +35,12 @@ void merge_rows(LikelihoodArgs& a, bool forward, bool backward, bool segments) {
 
 }  // namespace
 
-PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass, Workspace& workspace) {
+PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass, Workspace& workspace, bool strided) {
   const bool forward = pass != Pass::kBackward, backward = pass != Pass::kForward;
   LikelihoodArgs a = original;
   PreparedLikelihood r;
   LikelihoodParams& p = r.params;
-  const int unit = unit_elements(a.dtype);
+  const int unit = strided ? kStridedUnit : unit_elements(a.dtype);
 
   const bool segment_grad = backward && a.grad_logvar.data != nullptr && a.logvar_inner > 1;
   const int64_t run = constant_run(a);
@@ -49,10 +51,12 @@ PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass,
   if (!segment_grad && run < event && long_runs && !(backward && a.grad_logvar.data != nullptr)) segment = run;
   if (segment_grad && segment == 1) segment = event;
   p.uniform = run >= segment;
-  if (pass != Pass::kBoth) merge_rows(a, forward, backward, segment_grad || segment != event || (a.logvar.data != nullptr && p.uniform));
+  if (pass != Pass::kBoth)
+    merge_rows(a, forward, backward, segment_grad || segment != event || (a.logvar.data != nullptr && p.uniform));
   if (segment == event) segment = a.shape.event;
 
   Layout layout(a.shape, segment, unit, a.x);
+  if (strided) layout.forbid_vector();
   p.x = layout.view(a.x);
   p.mean = layout.view(a.mean);
   bool full = false;
@@ -80,12 +84,14 @@ PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass,
     } else {
       p.grad_logvar = layout.view(a.grad_logvar);
       // The vector path writes it in the dtype of x or of arithmetic, and only where every element has its own.
-      const bool known = a.grad_logvar.dtype == a.dtype || a.grad_logvar.dtype == (a.dtype == DType::kFloat64 ? a.dtype : DType::kFloat32);
+      const bool known = a.grad_logvar.dtype == a.dtype ||
+                         a.grad_logvar.dtype == (a.dtype == DType::kFloat64 ? a.dtype : DType::kFloat32);
       if (p.grad_logvar.present() && (p.uniform || !known)) layout.forbid_vector();
     }
   }
+  if (!layout.vector() && unit != kStridedUnit) return prepare_likelihood(original, pass, workspace, true);
   p.plan = layout.plan(true);
-  r.path.access = !layout.vector() ? Access::kStrided : p.uniform ? Access::kUniform : Access::kFull;
+  r.access = !layout.vector() ? Access::kStrided : p.uniform ? Access::kUniform : Access::kFull;
 
   if (p.segment_grad != nullptr && p.plan.chunks > 1) {
     p.segment_parts.tickets = workspace.tickets(p.plan.outer_rows() * p.plan.segments);
@@ -112,14 +118,14 @@ void likelihood(const LikelihoodArgs& args, Pass pass, void* memory, const Conte
   const LikelihoodParams& p = r.params;
   clear(memory, counted.ticket_bytes(), context.stream);
   if (pass == Pass::kBackward) {
-    launch_likelihood_backward(p, args.dtype, r.path, context.stream);
+    launch_likelihood_backward(p, args.dtype, r.access, context.stream);
     return;
   }
   const bool scalar = args.reduction == Reduction::kSum || args.reduction == Reduction::kBatchMean;
   if (scalar && p.plan.tiles == 0) {
     write_empty_sum(p.result.out.data, item_size(p.result.out.dtype), args.ll_scale, context.stream);
   }
-  launch_likelihood_forward(p, args.dtype, r.path, context.stream);
+  launch_likelihood_forward(p, args.dtype, r.access, context.stream);
 }
 
 }  // namespace cuda
