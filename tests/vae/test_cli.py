@@ -40,6 +40,7 @@ def test_a_run_folder_holds_everything(run: Path) -> None:
         "checkpoint.safetensors",
         "config.json",
         "curves.png",
+        "early.safetensors",
         "metrics.csv",
         "reconstructions.png",
         "samples.png",

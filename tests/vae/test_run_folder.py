@@ -75,7 +75,7 @@ def test_a_partial_folder_of_other_files_is_never_replaced(tmp_path: Path) -> No
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, error: OSError) -> None:
     run = RunFolder(tmp_path / "a")
     run.create(overwrite=False)
-    run.save_checkpoint({"w": torch.ones(3)}, {"step": 1})
+    run.save_tensors("checkpoint.safetensors", {"w": torch.ones(3)}, {"step": 1})
 
     def half_written(path: Path) -> None:
         path.write_bytes(b"half")

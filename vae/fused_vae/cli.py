@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="continue an unfinished run exactly as if it had never stopped",
     )
     option("--network", help="conv (default) or mlp")
-    option("--latent", type=int, help="latent dimensions (default: 16)")
+    option("--latent", type=int, help="latent dimensions (default: 10)")
     option(
         "--variance",
         help="of the decoder: learned (one sigma, default), unit, fixed or predicted (per pixel)",
@@ -78,6 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     option("--device", help="cpu or cuda (default: cuda if there is one)")
     option("--threads", type=int, help="CPU threads (default: torch's choice)")
     option("--quiet", action="store_true", help="no progress bar")
+    report = commands.add_parser(
+        "report",
+        help="explain a trained VAE on one page",
+        description="Write RUN/report.html: what the VAE learned, and why it works.",
+    )
+    report.add_argument("run", help="the folder of a complete run")
     return parser
 
 
@@ -85,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _train(vars(build_parser().parse_args(argv)))
+        arguments = vars(build_parser().parse_args(argv))
+        return COMMANDS[arguments.pop("command")](arguments)
     except (UserError, OSError) as error:
         print(f"fused-vae: {error}", file=sys.stderr)
         return 2
@@ -125,6 +132,17 @@ def _train(arguments: dict[str, Any]) -> int:
         print(f"fused-vae: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _report(arguments: dict[str, Any]) -> int:
+    from . import job, report
+
+    job.check_packages()
+    print(report.write(arguments["run"]))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {"train": _train, "report": _report}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class TrainConfig:
 
     data: str = "mnist"
     network: Network = "conv"
-    latent: int = 16
+    latent: int = 10
     variance: Variance = "learned"
     sigma: float = 0.25
     beta: float = 1.0

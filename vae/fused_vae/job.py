@@ -5,6 +5,7 @@ wants to look at.
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import math
 import sys
@@ -22,7 +23,7 @@ from .data import Images
 from .errors import UserError, missing_package
 from .model import VAE
 from .networks import count_parameters
-from .run_folder import CHECKPOINT, CONFIG, METRICS, RunFolder, read_checkpoint, read_json
+from .run_folder import CHECKPOINT, CONFIG, EARLY, METRICS, RunFolder, read_checkpoint, read_json
 from .train import DEQUANTISE, NOISE_PICTURES, Trainer, load_model, seeded
 
 IMPORTANCE_SAMPLES = 50
@@ -69,7 +70,8 @@ def start(run: str | Path, config: TrainConfig, machine: Machine, *, overwrite: 
     Raises:
         UserError: bad data or options, or a run folder that is taken or cannot be written.
     """
-    device = _check_packages(machine)
+    check_packages()
+    device = machine.prepare()
     images = data.load(config.data)
     train, held_out = images.split(config.held_out, config.seed)
     config = config.resolved(train)
@@ -87,7 +89,8 @@ def resume(run: str | Path, options: dict[str, Any], machine: Machine) -> Path:
     Raises:
         UserError: no such run, other options or other data than it was started with.
     """
-    device = _check_packages(machine)
+    check_packages()
+    device = machine.prepare()
     folder = RunFolder(run)
     stored = folder.read_config()
     config = TrainConfig.from_dict(stored["train"])
@@ -108,8 +111,8 @@ def resume(run: str | Path, options: dict[str, Any], machine: Machine) -> Path:
     return _Job(folder, trainer, images, train, held_out, machine).run()
 
 
-def load_run(run: str | Path) -> tuple[VAE, TrainConfig, Images]:
-    """The trained model of a run folder, its configuration and its images.
+def load_run(run: str | Path, checkpoint: str = CHECKPOINT) -> tuple[VAE, TrainConfig, Images]:
+    """The trained model of a run folder (`EARLY`: after one epoch), its configuration and images.
 
     Raises:
         UserError: not a run folder, or its data are gone.
@@ -119,11 +122,16 @@ def load_run(run: str | Path) -> tuple[VAE, TrainConfig, Images]:
     config = TrainConfig.from_dict(stored["train"])
     images = data.load(config.data)
     model = config.build(images)
-    load_model(model, read_checkpoint(folder)[0])
+    load_model(model, read_checkpoint(folder, checkpoint)[0])
     return model.eval(), config, images
 
 
-def _check_packages(machine: Machine) -> torch.device:
+def check_packages() -> None:
+    """Say at the start, not after the first epoch, what is missing.
+
+    Raises:
+        UserError: how to install it.
+    """
     for package, purpose in (
         ("safetensors", "saving a run"),
         ("matplotlib", "drawing"),
@@ -131,7 +139,6 @@ def _check_packages(machine: Machine) -> torch.device:
     ):
         if importlib.util.find_spec(package) is None:
             raise missing_package(package, purpose)
-    return machine.prepare()
 
 
 def _describe(images: Images) -> dict[str, Any]:
@@ -214,7 +221,11 @@ class _Job:
 
     def _save(self) -> None:
         history = self.trainer.progress.history
-        self.folder.save_checkpoint(*self.trainer.state())
+        tensors, state = self.trainer.state()
+        if self.trainer.progress.epoch == 1:  # what the report compares the end with
+            model = {k: v for k, v in tensors.items() if k.startswith("model.")}
+            self.folder.save_tensors(EARLY, model, {"epoch": 1})
+        self.folder.save_tensors(CHECKPOINT, tensors, state)
 
         def write_metrics(path: Path) -> None:
             with open(path, "w", newline="", encoding="utf-8") as file:
@@ -231,9 +242,13 @@ class _Job:
         key = trainer.key.fold_in(NOISE_PICTURES)
         restored = trainer.model.eval().reconstruct(x)
         drawn = trainer.model.sample(SAMPLES, trainer.config.latent, key=key)
-        folder.write("reconstructions.png", lambda path: plots.reconstructions(path, x, restored))
-        folder.write("samples.png", lambda path: plots.samples(path, drawn))
-        folder.write("curves.png", lambda path: plots.learning_curves(path, history, self.baseline))
+        figures = {
+            "reconstructions.png": plots.reconstructions_figure(x, restored),
+            "samples.png": plots.samples_figure(drawn),
+            "curves.png": plots.curves_figure(history, self.baseline),
+        }
+        for name, figure in figures.items():
+            folder.write(name, functools.partial(plots.save, figure))
         bound = trainer.log_prob(IMPORTANCE_SAMPLES)
         summary = {
             **history[-1],

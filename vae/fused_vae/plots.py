@@ -35,40 +35,45 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     return sheet.permute(1, 2, 0)
 
 
-def reconstructions(path: Path, originals: Tensor, restored: Tensor, columns: int = 8) -> None:
-    """Rows of originals, each with its reconstructions right below."""
-    pairs = [
-        part
-        for pair in zip(originals.split(columns), restored.split(columns), strict=True)
-        for part in pair
-    ]
-    figure = new_figure(9, 1.2 * len(pairs))
-    for index, (axes, part) in enumerate(zip(_stack(figure, len(pairs)), pairs, strict=True)):
-        padding = part.new_ones(columns - len(part), *part.shape[1:])
-        axes.imshow(tile(torch.cat([part, padding]), columns).numpy(), interpolation="nearest")
-        axes.set_ylabel(
-            "original" if index % 2 == 0 else "through\nthe VAE",
-            rotation=0,
-            ha="right",
-            va="center",
-        )
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    figure.suptitle("Held-out images and their reconstructions")
+def save(figure: Figure, path: Path) -> None:
+    """As PNG, whatever the name ends in."""
     figure.savefig(path, format="png")
 
 
-def samples(path: Path, images: Tensor, columns: int = 10) -> None:
+def reconstructions_figure(originals: Tensor, restored: Tensor, columns: int = 8) -> Figure:
+    """Rows of originals, each with its reconstructions right below."""
+    rows: list[tuple[str, Tensor]] = []
+    for original, other in zip(originals.split(columns), restored.split(columns), strict=True):
+        rows += [("original", original), ("through\nthe VAE", other)]
+    return rows_figure(rows, "Held-out images and their reconstructions")
+
+
+def rows_figure(rows: Sequence[tuple[str, Tensor]], title: str = "") -> Figure:
+    """Rows of pictures, a label before each; shorter rows end in white."""
+    columns = max(len(images) for _, images in rows)
+    figure = new_figure(9, 9 / (columns + 1.2) * len(rows) * 1.04 + 0.4)
+    for axes, (label, images) in zip(_stack(figure, len(rows)), rows, strict=True):
+        padding = images.new_ones(columns - len(images), *images.shape[1:])
+        sheet = tile(torch.cat([images, padding]), columns)
+        axes.imshow(sheet.numpy(), interpolation="nearest")
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    figure.suptitle(title)
+    return figure
+
+
+def samples_figure(images: Tensor, columns: int = 10) -> Figure:
     """Pictures decoded from z ~ N(0, I)."""
     figure = new_figure(8, 8.4)
     axes = figure.subplots()
     axes.imshow(tile(images, columns).numpy(), interpolation="nearest")
     axes.set_axis_off()
     axes.set_title("Decoded from z ~ N(0, I): pictures that were never in the data")
-    figure.savefig(path, format="png")
+    return figure
 
 
-def learning_curves(path: Path, history: Sequence[Row], baseline: float) -> None:
+def curves_figure(history: Sequence[Row], baseline: float) -> Figure:
     """ELBO with the baseline, and its two parts, over epochs."""
     figure = new_figure(12, 4)
     epochs = [row["epoch"] for row in history]
@@ -82,20 +87,15 @@ def learning_curves(path: Path, history: Sequence[Row], baseline: float) -> None
         strict=True,
     ):
         axes.plot(epochs, [row[name] for row in history], label="held-out", marker=".", color="C0")
-        axes.plot(
-            epochs,
-            [row[f"train_{name}"] for row in history],
-            label="training",
-            color="C0",
-            alpha=0.4,
-        )
+        training = [row[f"train_{name}"] for row in history]
+        axes.plot(epochs, training, label="training", color="C0", alpha=0.4)
         if name == "elbo":
             axes.axhline(baseline, color="C1", linestyle="--", label="probabilistic PCA, exact")
             _skip_the_descent(axes, history, baseline)
         axes.set(xlabel="epoch", ylabel="nats per image", title=title)
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _skip_the_descent(axes: Axes, history: Sequence[Row], baseline: float) -> None:

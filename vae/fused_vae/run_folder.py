@@ -21,6 +21,7 @@ from .errors import UserError
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.safetensors"
+EARLY = "early.safetensors"
 METRICS = "metrics.csv"
 WRITING = "writing-"
 """Begins the name of a file that is not yet whole."""
@@ -103,14 +104,14 @@ class RunFolder:
         """Replace file `name` by this value."""
         self.write(name, lambda path: path.write_text(dumps(value), encoding="utf-8"))
 
-    def save_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save_tensors(self, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Tensors and everything else that resuming needs, in one file, so that they always belong
         together.
         """
         from safetensors.torch import save
 
         content = save(tensors, metadata={"state": json.dumps(state)})
-        self.write(CHECKPOINT, lambda path: path.write_bytes(content))
+        self.write(name, lambda path: path.write_bytes(content))
 
     def finish(self) -> None:
         """Give the run its name; a run that had it goes away only then."""
@@ -129,17 +130,19 @@ class RunFolder:
         self.folder = self.final
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `RunFolder.save_checkpoint` saved.
+def read_checkpoint(
+    folder: Path, name: str = CHECKPOINT
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `RunFolder.save_tensors` saved.
 
     Raises:
         UserError: no checkpoint, or a damaged one.
     """
     from safetensors import SafetensorError, safe_open
 
-    path = folder / CHECKPOINT
+    path = folder / name
     if not path.is_file():
-        raise UserError(f"{folder}: holds no {CHECKPOINT}")
+        raise UserError(f"{folder}: holds no {name}")
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
