@@ -9,7 +9,8 @@ torch.
 - csrc/cpu/kernels_*.cpp: once per ISA level, the level's name in the macro FUSED_ELBO_ISA.
 - csrc/cpu/*.cpp otherwise, and csrc/*.cpp: once, for the oldest processor. Only the latter see
   torch's headers.
-- csrc/cuda/*.cu: by nvcc, if there is one, and then csrc/cuda/*.cpp by the C++ compiler. The finished object loads on a torch without CUDA too.
+- csrc/cuda/*.cu: by nvcc, if there is one, and then csrc/cuda/*.cpp by the C++ compiler. The
+  finished object loads on a torch without CUDA too.
 """
 
 from __future__ import annotations

@@ -24,8 +24,10 @@ inline void launch(void (*kernel)(Params), int64_t blocks, const Params& params,
 #if defined(FUSED_ELBO_EMULATED)
   emulation::launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), params);
 #else
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)> > >(
-      params);
+  const auto grid = static_cast<unsigned>(blocks), block = static_cast<unsigned>(threads);
+  // clang-format off
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(params);
+  // clang-format on
   check(cudaGetLastError(), "kernel launch");
 #endif
 }
