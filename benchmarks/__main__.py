@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch._dynamo.config.recompile_limit = 64  # one function, many dtypes and modes
     torch.manual_seed(0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     effort = QUICK if options.quick else FULL
     if options.rounds:
         effort = Effort(options.rounds, effort.sample_seconds, effort.limit_seconds)
@@ -120,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: all",
     )
     parser.add_argument("--rounds", type=int, help="default: 15 with --quick, else 41")
+    parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--list", action="store_true", help="workloads and providers")
     parser.add_argument(
