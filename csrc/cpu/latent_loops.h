@@ -102,6 +102,83 @@ void backward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
   }
 }
 
+// Loops, by what is wanted. Without the KL the prior plays no part.
+
+template <typename T, class Scale>
+auto pick_forward(bool learned_prior, bool nats, Samples samples)
+    -> void (*)(const LatentArrays<T>&, int64_t, int64_t) {
+  using Standard = math::StandardPrior<T>;
+  using Learned = math::GaussianPrior<T>;
+  if (!nats) {
+    return samples == Samples::kOne ? forward_loop<T, Scale, Standard, NoMask, Samples::kOne, false>
+                                    : forward_loop<T, Scale, Standard, NoMask, Samples::kSeveral, false>;
+  }
+  switch (samples) {
+    case Samples::kNone:
+      return learned_prior ? forward_loop<T, Scale, Learned, NoMask, Samples::kNone, true>
+                           : forward_loop<T, Scale, Standard, NoMask, Samples::kNone, true>;
+    case Samples::kOne:
+      return learned_prior ? forward_loop<T, Scale, Learned, NoMask, Samples::kOne, true>
+                           : forward_loop<T, Scale, Standard, NoMask, Samples::kOne, true>;
+    case Samples::kSeveral:
+      return learned_prior ? forward_loop<T, Scale, Learned, NoMask, Samples::kSeveral, true>
+                           : forward_loop<T, Scale, Standard, NoMask, Samples::kSeveral, true>;
+  }
+  __builtin_unreachable();
+}
+
+template <typename T, class Scale>
+auto pick_backward(bool learned_prior, bool kl, bool nats, Samples samples)
+    -> void (*)(const LatentArrays<T>&, int64_t, int64_t) {
+  using Standard = math::StandardPrior<T>;
+  using Learned = math::GaussianPrior<T>;
+  if (!kl) {
+    return samples == Samples::kOne ? backward_loop<T, Scale, Standard, NoMask, Samples::kOne, false, false>
+                                    : backward_loop<T, Scale, Standard, NoMask, Samples::kSeveral, false, false>;
+  }
+  switch (samples) {
+    case Samples::kNone:
+      if (nats) {
+        return learned_prior ? backward_loop<T, Scale, Learned, NoMask, Samples::kNone, true, true>
+                             : backward_loop<T, Scale, Standard, NoMask, Samples::kNone, true, true>;
+      }
+      return learned_prior ? backward_loop<T, Scale, Learned, NoMask, Samples::kNone, true, false>
+                           : backward_loop<T, Scale, Standard, NoMask, Samples::kNone, true, false>;
+    case Samples::kOne:
+      return learned_prior ? backward_loop<T, Scale, Learned, NoMask, Samples::kOne, true, false>
+                           : backward_loop<T, Scale, Standard, NoMask, Samples::kOne, true, false>;
+    case Samples::kSeveral:
+      return learned_prior ? backward_loop<T, Scale, Learned, NoMask, Samples::kSeveral, true, false>
+                           : backward_loop<T, Scale, Standard, NoMask, Samples::kSeveral, true, false>;
+  }
+  __builtin_unreachable();
+}
+
+// For channels_last: to[j * step + k] = runs[k][j] for four runs.
+template <typename T>
+FUSED_ELBO_INLINE void interleave_four(const T* const* runs, int64_t count, int64_t step, T* to) {
+  const T *const r0 = runs[0], *const r1 = runs[1], *const r2 = runs[2], *const r3 = runs[3];
+  int64_t j = 0;
+#if defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) {
+    for (; j + 4 <= count; j += 4) {
+      __m128 a = _mm_loadu_ps(r0 + j), b = _mm_loadu_ps(r1 + j), c = _mm_loadu_ps(r2 + j), d = _mm_loadu_ps(r3 + j);
+      _MM_TRANSPOSE4_PS(a, b, c, d);
+      _mm_storeu_ps(to + j * step, a);
+      _mm_storeu_ps(to + (j + 1) * step, b);
+      _mm_storeu_ps(to + (j + 2) * step, c);
+      _mm_storeu_ps(to + (j + 3) * step, d);
+    }
+  }
+#endif
+  for (; j < count; ++j) {
+    to[j * step] = r0[j];
+    to[j * step + 1] = r1[j];
+    to[j * step + 2] = r2[j];
+    to[j * step + 3] = r3[j];
+  }
+}
+
 }  // namespace FUSED_ELBO_ISA
 }  // namespace cpu
 }  // namespace fused_elbo
