@@ -21,7 +21,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,33 +72,21 @@ class BuildExtension(build_ext):
         self.torch = find_torch()
         self.cxx = find_cxx()
         self.objects = ROOT / "build" / "objects"
-        mode = os.environ.get("FUSED_ELBO_CUDA", "")
 
-        cuda = self.plan_cuda(mode)
+        cuda = self.plan_cuda(os.environ.get("FUSED_ELBO_CUDA", ""))
         host = self.host_jobs(with_cuda=bool(cuda.jobs))
-        try:
-            compile_all([*cuda.jobs, *host])
-        except JobFailed as failure:
-            if not failure.job.is_cuda or mode == "1":
-                raise
-            print(failure, file=sys.stderr)
-            cuda = CudaPlan(
-                note=f"nvcc failed to compile {failure.job.source.name} when this was built"
-            )
-            host = self.host_jobs(with_cuda=False)
-            compile_all(host)
-        if cuda.note:
-            print(
-                f"fused-elbo: no CUDA kernels: {cuda.note}. FUSED_ELBO_CUDA=1 makes this an error.",
-                flush=True,
-            )
-
+        compile_all([*cuda.jobs, *host])
         extension = Path(self.get_ext_fullpath("fused_elbo._C"))
         extension.parent.mkdir(parents=True, exist_ok=True)
         self.link(extension, host, cuda)
         self.write_build_info(extension.with_name(BUILD_INFO), cuda)
 
     def plan_cuda(self, mode: str) -> CudaPlan:
+        """Without a working nvcc the build is CPU-only, unless mode is "1".
+
+        With one, a kernel that does not compile is an error in every mode but "0": an installation
+        must not succeed without its kernels because of a mistake in them.
+        """
         if mode not in ("", "0", "1"):
             raise PlatformError(f"fused-elbo: FUSED_ELBO_CUDA must be 0 or 1, got {mode!r}")
         if mode == "0":
@@ -108,71 +95,91 @@ class BuildExtension(build_ext):
             nvcc = find_nvcc()
             nvcc.library_dir()
             archs = choose_archs(os.environ.get("FUSED_ELBO_CUDA_ARCHS"), nvcc.supported_archs())
+            self.probe(nvcc)
         except NvccError as error:
             if mode == "1":
                 raise PlatformError(f"fused-elbo: FUSED_ELBO_CUDA=1, but {error}") from error
+            print(
+                f"fused-elbo: no CUDA kernels: {error}. FUSED_ELBO_CUDA=1 makes this an error.",
+                flush=True,
+            )
             return CudaPlan(note=str(error))
-        return CudaPlan(nvcc, archs, None, self.cuda_jobs(nvcc, archs))
+        compiler = self.nvcc_command(nvcc, arch_flags(archs))
+        jobs = [
+            Job(source, self.objects / f"cuda.{source.stem}.o", compiler, nvcc.version_text)
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        ]
+        return CudaPlan(nvcc, archs, None, jobs)
 
-    def cuda_jobs(self, nvcc: Nvcc, archs: Sequence[str]) -> list[Job]:
-        compiler = [
+    def probe(self, nvcc: Nvcc) -> None:
+        """Compiles an empty kernel, which fails if nvcc does not accept the host compiler.
+
+        Raises:
+            NvccError: with the first error that nvcc reports.
+        """
+        source = self.objects / "probe.cu"
+        if not source.exists():
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_text("__global__ void probe() {}\n")
+        compiler = self.nvcc_command(nvcc, [])
+        try:
+            compile_all([Job(source, self.objects / "cuda.probe.o", compiler, nvcc.version_text)])
+        except JobFailed as failure:
+            lines = failure.output.strip().splitlines() or ["no output"]
+            first = next((line for line in lines if "error" in line), lines[-1])
+            raise NvccError(f"{nvcc.path} does not compile: {first.strip()}") from failure
+
+    def nvcc_command(self, nvcc: Nvcc, architectures: Sequence[str]) -> list[str]:
+        return [
             str(nvcc.path),
             *(["-ccbin", self.cxx[0]] if "CXX" in os.environ else []),
             *["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"],
             # For Nsight Compute's source page. It makes the object two and a half times as large.
             *(["-lineinfo"] if os.environ.get("FUSED_ELBO_LINEINFO") == "1" else []),
             *nvcc.compression_flags(),
-            *arch_flags(archs),
+            *architectures,
             f"-I{ROOT / 'csrc'}",
-        ]
-        toolchain = f"nvcc {nvcc.version_text}"
-        return [
-            Job(source, self.objects / f"cuda.{source.stem}.o", compiler, toolchain, is_cuda=True)
-            for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
         ]
 
     def host_jobs(self, with_cuda: bool) -> list[Job]:
+        csrc = ROOT / "csrc"
         levels = ISA_LEVELS[platform.machine()]
         baseline = next(iter(levels.values()))
-        toolchain = version_line(self.cxx)
-        includes = [f"-I{ROOT / 'csrc'}"]
-        common = [*self.cxx, *COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        version = version_line(self.cxx)
+        common = [*self.cxx, *COMMON_FLAGS, f"-I{csrc}"]
+        common += shlex.split(os.environ.get("CXXFLAGS", ""))
+
+        def job(name: str, source: Path, flags: Sequence[str], toolchain: str = version) -> Job:
+            return Job(source, self.objects / f"{name}.o", [*common, *flags], toolchain)
 
         torch = [
+            *baseline,
             f"-DTORCH_TARGET_VERSION={TARGET_MACRO}",
             *(["-DFUSED_ELBO_WITH_CUDA"] if with_cuda else []),
             *["-isystem", str(self.torch.include)],
         ]
         tag = "cuda" if with_cuda else "cpu-only"
         jobs = [
-            Job(
-                source,
-                self.objects / f"torch.{source.stem}.{tag}.o",
-                [*common, *baseline, *includes, *torch],
-                f"{toolchain}, torch {self.torch.version}",
-            )
-            for source in sorted((ROOT / "csrc").glob("*.cpp"))
+            job(f"torch.{source.stem}.{tag}", source, torch, f"{version}, {self.torch.version}")
+            for source in sorted(csrc.glob("*.cpp"))
         ]
-        sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
         if with_cuda:  # the host side of the CUDA kernels needs nothing of CUDA
             jobs += [
-                Job(
-                    source,
-                    self.objects / f"cuda-host.{source.stem}.o",
-                    [*common, *baseline, *includes],
-                    toolchain,
-                )
-                for source in sorted((ROOT / "csrc/cuda").glob("*.cpp"))
+                job(f"cuda-host.{source.stem}", source, baseline)
+                for source in sorted(csrc.glob("cuda/*.cpp"))
             ]
-        kernels = [source for source in sources if source.stem.startswith("kernels_")]
-        for source in sources:
-            if source not in kernels:
-                compiler = [*common, *baseline, *KERNEL_FLAGS, *includes]
-                jobs.append(Job(source, self.objects / f"cpu.{source.stem}.o", compiler, toolchain))
+        kernels = sorted(csrc.glob("cpu/kernels_*.cpp"))
+        jobs += [
+            job(f"cpu.{source.stem}", source, [*baseline, *KERNEL_FLAGS])
+            for source in sorted({*csrc.glob("cpu/*.cpp")} - {*kernels})
+        ]
         for level, flags in levels.items():
-            compiler = [*common, *flags, *KERNEL_FLAGS, f"-DFUSED_ELBO_ISA={level}", *includes]
             jobs += [
-                Job(source, self.objects / f"cpu.{source.stem}.{level}.o", compiler, toolchain)
+                job(
+                    f"cpu.{source.stem}.{level}",
+                    source,
+                    [*flags, *KERNEL_FLAGS, f"-DFUSED_ELBO_ISA={level}"],
+                )
                 for source in kernels
             ]
         return jobs

@@ -33,7 +33,6 @@ class Job:
     object: Path
     compiler: Sequence[str]
     toolchain: str
-    is_cuda: bool = False
     depfile: Path = field(init=False)
     stamp: Path = field(init=False)
 

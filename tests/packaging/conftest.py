@@ -27,7 +27,8 @@ SOURCES = {
         void twice(float* x, int n) { for (int i = 0; i < n; ++i) x[i] *= 2; }
         }
         """,
-    "csrc/cuda/kernel.cu": 'extern "C" void kernel() {}\n',
+    "csrc/cuda/kernel.cu": 'void launch(); extern "C" void kernel() { launch(); }\n',
+    "csrc/cuda/host.cpp": "void launch() {}\n",
     "README.md": "",
     "LICENSE": "",
 }
@@ -42,7 +43,10 @@ case "$*" in
 esac
 """
 # Turns "... -MMD -MF a.d -c kernel.cu -o a.o" into a call of g++.
-COMPILE = "while [ $1 != -MMD ]; do shift; done; exec g++ -fPIC -MMD -MF $3 -c -x c++ $5 -o $7"
+COMPILE = (
+    "while [ $1 != -MMD ]; do shift; done;"
+    " exec g++ -fPIC -D__global__= -MMD -MF $3 -c -x c++ $5 -o $7"
+)
 
 
 def make_toolkit(root: Path, compile: str = COMPILE) -> Path:

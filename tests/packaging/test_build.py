@@ -71,18 +71,28 @@ def test_cuda_kernels_are_linked_and_recorded(project: Path, build: Build, tmp_p
     assert " t run_kernel" in symbols
 
 
-def test_kernels_that_nvcc_refuses_leave_a_recorded_cpu_build(
+def test_an_nvcc_that_refuses_the_host_compiler_counts_as_none(
     project: Path, build: Build, tmp_path: Path
 ) -> None:
-    toolkit = make_toolkit(tmp_path / "cuda", compile="echo 'unsupported host compiler'; exit 2")
+    toolkit = make_toolkit(tmp_path / "cuda", compile="echo 'error: unsupported GNU'; exit 2")
     done = build(CUDA_HOME=str(toolkit))
     assert done.returncode == 0, done.stdout
-    assert "unsupported host compiler" in done.stdout
-    assert "nvcc failed to compile kernel.cu" in str(build_info(project)["cuda_note"])
+    assert f"no CUDA kernels: {toolkit}/bin/nvcc does not compile: error: unsupp" in done.stdout
+    assert "does not compile: error: unsupported GNU" in str(build_info(project)["cuda_note"])
 
     done = build(CUDA_HOME=str(toolkit), FUSED_ELBO_CUDA="1")
     assert done.returncode != 0
-    assert "unsupported host compiler" in done.stdout
+    assert "FUSED_ELBO_CUDA=1, but" in done.stdout
+
+
+def test_a_mistake_in_a_kernel_is_never_a_cpu_build(
+    project: Path, build: Build, tmp_path: Path
+) -> None:
+    (project / "csrc/cuda/kernel.cu").write_text("void kernel() { forty_two(); }\n")
+    done = build(CUDA_HOME=str(make_toolkit(tmp_path / "cuda")))
+    assert done.returncode != 0
+    assert "forty_two" in done.stdout
+    assert not list(project.rglob("*.so"))
 
 
 def test_kernels_are_compiled_once_per_isa_level_and_the_rest_once(
