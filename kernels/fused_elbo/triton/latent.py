@@ -159,8 +159,9 @@ def latent_forward_kernel(
             groups = noise_groups(group, i, WIDTH, LANES)
             if MANY_SAMPLES:
                 for k in range(samples):
-                    eps = normals(groups, k.to(tl.uint32), stream_word, key_low, key_high, ROWS, WIDTH, LANES, DTYPE)
-                    sample_row = k.to(tl.int64) * z_sample + row * z.row
+                    index = k + tl.full([], 0, tl.int64)  # a tensor under the interpreter too
+                    eps = normals(groups, index.to(tl.uint32), stream_word, key_low, key_high, ROWS, WIDTH, LANES, DTYPE)
+                    sample_row = index * z_sample + row * z.row
                     store(z_ptr, z, sample_row, begin, m, mask, inner, tl.fma(std, eps, mean_tile), ALIGNED)
             else:
                 first = tl.full([], 0, tl.uint32)
@@ -251,8 +252,9 @@ def latent_backward_kernel(
             groups = noise_groups(group, i, WIDTH, LANES)
             if MANY_SAMPLES:
                 for k in range(samples):
-                    eps = normals(groups, k.to(tl.uint32), stream_word, key_low, key_high, ROWS, WIDTH, LANES, DTYPE)
-                    sample_row = k.to(tl.int64) * grad_z_sample + row * grad_z.row
+                    index = k + tl.full([], 0, tl.int64)  # a tensor under the interpreter too
+                    eps = normals(groups, index.to(tl.uint32), stream_word, key_low, key_high, ROWS, WIDTH, LANES, DTYPE)
+                    sample_row = index * grad_z_sample + row * grad_z.row
                     upstream = load(grad_z_ptr, grad_z, sample_row, begin, m, mask, inner, ALIGNED, DTYPE)
                     to_mean += upstream
                     to_logvar = tl.fma(upstream, eps, to_logvar)

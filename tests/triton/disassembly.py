@@ -1,0 +1,71 @@
+"""What the assembler made of a kernel: resources, instructions, and the loop that does the work."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from fused_elbo.triton.aot import Variant
+
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # Triton brings NVIDIA's tools along
+
+
+class Disassembly(NamedTuple):
+    registers: int
+    stack: int
+    local: int
+    loop: list[str]  # instructions of the main loop
+    total: int
+
+    def accesses(self) -> list[str]:
+        """Global loads and stores of the main loop, without predicates and operands."""
+        return [name for name in map(opcode, self.loop) if name.startswith(("LDG", "STG"))]
+
+    def uses_shared_memory(self) -> bool:
+        return any(opcode(line).startswith(("LDS", "STS")) for line in self.loop)
+
+
+def opcode(instruction: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+
+
+@functools.cache
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_BIN / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def nvidia(variant: Variant) -> Disassembly:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(variant.compiled.asm["cubin"])
+        file.flush()
+        resources = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", resources)[1]) for key in ("REG", "STACK", "LOCAL"))
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in code.splitlines():
+        if match := re.match(r"(\.L_x_\d+):", line):
+            labels[match[1]] = len(instructions)
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+            instructions.append(match[1])
+    loops = []
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"BRA.*?(\.L_x_\d+)", instruction)
+        if target and labels.get(target[1], end) < end:
+            loops.append(instructions[labels[target[1]] : end + 1])
+    with_memory = [loop for loop in loops if any(opcode(line).startswith(("LDG", "STG")) for line in loop)]
+    return Disassembly(registers, stack, local, max(with_memory, key=len, default=[]), len(instructions))
+
+
+def amd(variant: Variant) -> dict[str, int]:
+    """The counts that the assembler notes: registers, spills, scratch and shared (LDS) bytes."""
+    text = variant.compiled.asm["amdgcn"]
+    keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size")
+    counts = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys}
+    counts["wide_accesses"] = len(re.findall(r"(?:global|buffer|flat)_(?:load|store)_dwordx4", text))
+    return counts
