@@ -313,6 +313,10 @@ def elbo_loss(
     if torch.float64 in (dtype, latent_dtype):  # one dtype for everything in nats
         dtype = latent_dtype = torch.float64
     nats = torch.float64 if dtype == torch.float64 else torch.float32
+    if torch.compiler.is_compiling() and beta_value != 1.0:
+        # Numbers are constants of a graph, so that annealing one would compile at every step; only
+        # one that multiplies a tensor may change.
+        beta_tensor, beta_value = recon_x.new_ones((), dtype=nats) * beta_value, 1.0
     inputs = ops.ELBOInputs(
         recon_x.to(dtype),
         x.to(dtype),
