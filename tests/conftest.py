@@ -1,8 +1,9 @@
 """Which backends this run tests, and why it leaves the others out: see the pytest header.
 
-``--backends=cpu,cuda`` or ``FUSED_ELBO_TEST_BACKENDS=cpu,cuda`` chooses. By default: reference, cpu and cuda, where
-cuda is the device if there is one, and else the same CUDA source compiled for the CPU (tests/emulation). Without a GPU
-triton runs on its interpreter, which needs a process of its own: ``FUSED_ELBO_TEST_BACKENDS=triton``.
+``--backends=cpu,cuda`` or ``FUSED_ELBO_TEST_BACKENDS=cpu,cuda`` chooses. By default: reference, cpu
+and cuda, where cuda is the device if there is one, and else the same CUDA source compiled for the
+CPU (tests/emulation). Without a GPU triton runs on its interpreter, which needs a process of its
+own: ``FUSED_ELBO_TEST_BACKENDS=triton``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backends",
         default=os.environ.get("FUSED_ELBO_TEST_BACKENDS", ""),
-        help=f"comma-separated backends to test, of {', '.join(KNOWN)}; default: {','.join(DEFAULT)}",
+        help=f"backends to test, of {','.join(KNOWN)}; default: {','.join(DEFAULT)}",
     )
 
 
@@ -85,7 +86,7 @@ def _prepare(name: str) -> tuple[str, str | None]:
 
 
 def _emulate_cuda() -> None:
-    """Puts the CUDA kernels compiled for the CPU in the place of the cuda backend, on cpu tensors."""
+    """Puts the CUDA kernels compiled for the CPU in the place of the cuda backend."""
     from fused_elbo import backends, ops
 
     from .emulation.build import build
@@ -134,5 +135,5 @@ def device(backend: str) -> torch.device:
 
 @pytest.fixture
 def interpreted(backend: str) -> bool:
-    """Whether every program of a kernel costs milliseconds, so that only small tensors are affordable."""
+    """Whether a kernel costs milliseconds for each program: only small tensors, then."""
     return backend == "triton" and not torch.cuda.is_available()

@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def unwritten_outputs_are_nan() -> Iterator[None]:
-    """torch.empty gives NaN, so that an output element that a kernel forgets fails the comparison."""
+    """torch.empty gives NaN, so that an output element that a kernel forgets shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield

@@ -7,15 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Relative error of a result before it is rounded to its own dtype. float32: the accuracy that the design promises.
-# float64: about 50 roundings, which no formula here exceeds.
+# Relative error of a result before it is rounded to its own dtype. float32: the accuracy that the
+# design promises. float64: about 50 roundings, which no formula here exceeds.
 RELATIVE = {
     torch.float32: 1e-6,
     torch.bfloat16: 1e-6,
     torch.float16: 1e-6,
     torch.float64: 1e-14,
 }
-# Normals, in units of 1 + |eps|: the contract's figure, and in float64 the rounding of 2 pi u times the largest radius.
+# Normals, in units of 1 + |eps|: the contract's figure, and in float64 the rounding of 2 pi u times
+# the largest radius.
 NORMALS = {torch.float32: 4e-7, torch.bfloat16: 4e-7, torch.float16: 4e-7, torch.float64: 1e-14}
 DTYPES = tuple(RELATIVE)
 
@@ -43,11 +44,11 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> No
 def assert_rounded(
     actual: Tensor, expected: Tensor, bound: Tensor | float, truncates: bool = False
 ) -> None:
-    """Every element is a value within its bound, rounded once to nearest even in the dtype of ``actual``.
+    """Every element is a value within its bound, rounded once, to nearest even.
 
-    Rounding is monotonic, so that the two ends of the interval, rounded, enclose every right answer. A kernel that
-    truncates, or rounds twice, leaves the interval. ``truncates``: allow the next value toward zero (the Triton
-    interpreter's bfloat16 store).
+    Rounding is monotonic, so that the two ends of the interval, rounded, enclose every right
+    answer. A kernel that truncates, or rounds twice, leaves the interval. ``truncates``: allow the
+    next value toward zero (the Triton interpreter's bfloat16 store).
     """
     assert actual.shape == expected.shape, (
         f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -65,8 +66,9 @@ def assert_rounded(
     if wrong.any():
         at = tuple(i[0].item() for i in wrong.nonzero(as_tuple=True))
         raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.numel()} elements are not rounded right, the first at {at}: "
-            f"{actual[at].item()!r}, expected {expected[at].item()!r}, so {low[at].item()!r} to {high[at].item()!r}"
+            f"{int(wrong.sum())} of {wrong.numel()} elements are not rounded right, the first at "
+            f"{at}: {actual[at].item()!r}, expected {expected[at].item()!r}, "
+            f"so {low[at].item()!r} to {high[at].item()!r}"
         )
 
 
@@ -136,6 +138,6 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 def leaf(
     *shape: int, dtype: torch.dtype = torch.float32, device: torch.device, scale: float = 1.0
 ) -> Tensor:
-    """Normal values (drawn on the CPU, so that every device sees the same) that require a gradient."""
+    """Normal values that require a gradient; drawn on the CPU, the same for every device."""
     values = torch.randn(shape, dtype=torch.float64) * scale
     return values.to(device=device, dtype=dtype).requires_grad_()

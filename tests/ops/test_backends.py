@@ -1,4 +1,4 @@
-"""Which backend runs: argument, context, environment, device, in this order; and what is said about it."""
+"""Which backend runs: argument, context, environment, device, in this order; and who says so."""
 
 import logging
 import subprocess

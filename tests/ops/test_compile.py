@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True): one graph, the values of eager, no recompiles for new batch sizes, steps or seeds."""
+"""torch.compile(fullgraph=True): the values of eager, and no recompiles for new sizes or seeds."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ NAMES = list(functions(torch.device("cpu")))
 
 
 def run(function, tensors):
-    """Outputs, and the gradients of every input for upstream gradients that are the same each time."""
+    """Outputs, and the gradients of every input for fixed upstream gradients."""
     outputs = function(*tensors)
     wanted = [t for t in outputs if t.requires_grad]
     upstream = [torch.linspace(-1, 2, t.numel(), device=t.device).view(t.shape) for t in wanted]
@@ -93,7 +93,7 @@ def test_compiled_values_and_gradients_are_those_of_eager_without_recompiles(nam
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", ["with a prior", "from_moments", "vae step"])
 def test_inductor_runs_the_kernels(name, backend, device):
-    """The default compiler, once for each operation: the graph holds the kernel as one opaque node."""
+    """The default compiler, once for each operation."""
     function = functions(device)[name]
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     for batch in (4, 7):
@@ -164,6 +164,7 @@ def test_a_new_seed_does_not_recompile(device):
     assert counter.frame_count == 1
 
 
+@pytest.mark.kernels
 def test_a_new_row_offset_or_number_of_samples_does_not_recompile_forever(device):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
@@ -181,6 +182,7 @@ def test_a_new_row_offset_or_number_of_samples_does_not_recompile_forever(device
     assert counter.frame_count <= 3
 
 
+@pytest.mark.kernels
 def test_a_new_step_folded_into_a_seed_tensor_does_not_recompile_forever(device):
     """What a training loop does: NoiseKey(seed).fold_in(step)."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -194,6 +196,24 @@ def test_a_new_step_folded_into_a_seed_tensor_does_not_recompile_forever(device)
     for i in (10, 11, 12, 13, 14):
         assert torch.equal(
             compiled(a, b, seed, i), reparameterize(a, b, key=NoiseKey(seed).fold_in(i))
+        )
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_an_annealed_beta_does_not_recompile_forever(kind, device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda a, b, c, d, beta: elbo_loss(a, b, c, d, beta=beta).loss,
+        fullgraph=True,
+        backend=counter,
+    )
+    tensors = inputs(4, device)
+    for value in (0.1, 0.2, 0.3, 0.4, 0.5):
+        beta = torch.tensor(value, device=device) if kind == "tensor" else value
+        torch.testing.assert_close(
+            compiled(*tensors, beta), elbo_loss(*tensors, beta=value).loss, rtol=1e-6, atol=1e-6
         )
     assert counter.frame_count <= 2
 

@@ -1,4 +1,4 @@
-"""Determinism: the same bits for every thread count and batch size; a row of a batch is the row alone."""
+"""Determinism: the same bits for every thread count, batch size and place in memory."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ KEY = NoiseKey(seed=15)
 
 
 def results(tensors, shared):
-    """Outputs and gradients of every operation, with gradients that sum over the whole batch among them."""
+    """Outputs and gradients of every operation, those summed over the whole batch too."""
     a, b, c, d = tensors
     everything = []
 

@@ -1,4 +1,4 @@
-"""dtypes: half precision is rounded once, nats never are, mixed inputs are promoted as torch promotes them."""
+"""dtypes: half precision is rounded once, nats never, and mixed inputs are promoted."""
 
 import itertools
 

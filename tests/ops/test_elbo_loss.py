@@ -89,7 +89,7 @@ def test_backward_twice_accumulates_twice_the_gradient(scale, reduction, device)
     grad = torch.full_like(loss, scale)
     loss.backward(grad, retain_graph=True)
     once = [t.grad.clone() for t in tensors]
-    for t, g in zip(tensors, once):
+    for t in tensors:
         t.grad.mul_(0.5)  # what an optimizer may do to .grad must not reach the graph
         t.grad.zero_()
     loss.backward(grad, retain_graph=True)
@@ -126,8 +126,8 @@ def test_a_scaled_loss_has_scaled_gradients_that_unscale_exactly(device):
 
 
 def test_half_precision_gradients_survive_through_a_loss_scale(device):
-    """Gradients of a mean over many rows are below the smallest float16: divided by the batch size before they are
-    scaled they would be gone."""
+    """Gradients of a mean over many rows are below the smallest float16: divided by the batch size
+    before they are scaled they would be gone."""
     recon_x, mean = (
         torch.full((512, 4), 1e-5, device=device).half().requires_grad_() for _ in range(2)
     )
@@ -212,7 +212,7 @@ def test_the_gradient_of_a_given_kl_is_beta(reduction, device):
 
 
 def test_a_vae_step_is_the_textbook_step(device):
-    """Sampling, decoding and loss in one graph: the gradients of the five lines that it replaces."""
+    """Sampling, decoding and loss in one graph, against the five lines they replace."""
     torch.manual_seed(3)
     mean, logvar = (leaf(6, 4, device=device) for _ in range(2))
     weight, x = leaf(4, 15, device=device), torch.randn(6, 15, device=device)

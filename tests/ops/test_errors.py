@@ -1,4 +1,4 @@
-"""Errors: exact text, naming function and argument, what was expected and what came, before anything runs."""
+"""Errors: exact text, naming function, argument, expected and got, before anything runs."""
 
 import re
 
@@ -88,12 +88,16 @@ CASES = [
      f"NoiseKey: seed must be in [{-2**63}, {2**64}), got {2**64}"),
     (lambda: NoiseKey(-(2**63) - 1), ValueError,
      f"NoiseKey: seed must be in [{-2**63}, {2**64}), got {-2**63 - 1}"),
-    (lambda: NoiseKey(torch.zeros(())), TypeError, "NoiseKey: a seed tensor must be int64, got torch.float32"),
+    (lambda: NoiseKey(torch.zeros(())), TypeError,
+     "NoiseKey: a seed tensor must be int64, got torch.float32"),
     (lambda: NoiseKey(torch.zeros(2, dtype=torch.int64)), ValueError,
      "NoiseKey: a seed tensor must be 0-dim, got shape (2,)"),
-    (lambda: NoiseKey(0, stream=-1), ValueError, f"NoiseKey: stream must be in [0, {2**32}), got -1"),
-    (lambda: NoiseKey(0, stream=2**32), ValueError, f"NoiseKey: stream must be in [0, {2**32}), got {2**32}"),
-    (lambda: NoiseKey(0, row_offset=-1), ValueError, f"NoiseKey: row_offset must be in [0, {2**63}), got -1"),
+    (lambda: NoiseKey(0, stream=-1), ValueError,
+     f"NoiseKey: stream must be in [0, {2**32}), got -1"),
+    (lambda: NoiseKey(0, stream=2**32), ValueError,
+     f"NoiseKey: stream must be in [0, {2**32}), got {2**32}"),
+    (lambda: NoiseKey(0, row_offset=-1), ValueError,
+     f"NoiseKey: row_offset must be in [0, {2**63}), got -1"),
     (lambda: NoiseKey(0).rows(-1), ValueError, f"NoiseKey: start must be in [0, {2**63}), got -1"),
     (lambda: NoiseKey(0).rows(1.5), TypeError, "NoiseKey: start must be an integer, got float"),
     (lambda: NoiseKey(0).fold_in("a"), TypeError, "NoiseKey: data must be an integer, got str"),
@@ -101,10 +105,12 @@ CASES = [
      f"NoiseKey: data must be in [{-2**63}, {2**64}), got {2**64}"),
 
     (lambda: gaussian_log_likelihood(B, A), ValueError,
-     "gaussian_log_likelihood: x must have shape (64, 32) like mean (one of them may have a leading sample dimension "
+     "gaussian_log_likelihood: x must have shape (64, 32) like mean (one of them may have a "
+     "leading sample dimension "
      "more), got (64, 16)"),
     (lambda: gaussian_log_likelihood(torch.zeros(64, 1), A), ValueError,
-     "gaussian_log_likelihood: x must have shape (64, 32) like mean (one of them may have a leading sample dimension "
+     "gaussian_log_likelihood: x must have shape (64, 32) like mean (one of them may have a "
+     "leading sample dimension "
      "more), got (64, 1)"),
     (lambda: gaussian_log_likelihood(1.0, A), TypeError,
      "gaussian_log_likelihood: x must be a tensor, got float"),
@@ -136,13 +142,15 @@ CASES = [
     (lambda: elbo_loss(A, A, A, A, kl=torch.zeros(64)), ValueError,
      "elbo_loss: give either mean and logvar, or kl, not both"),
     (lambda: elbo_loss(A, A, kl=torch.zeros(())), ValueError,
-     "elbo_loss: kl must have shape (64,), one value per sample as reduction='sample' gives, got ()"),
+     "elbo_loss: kl must have shape (64,), one value per sample as reduction='sample' gives, got "
+     "()"),
     (lambda: elbo_loss(A, A, kl=3.0), TypeError, "elbo_loss: kl must be a tensor, got float"),
     (lambda: elbo_loss(A, A, kl=torch.zeros(64, device="meta")), ValueError,
      "elbo_loss: kl must be on cpu like recon_x, got a tensor on meta"),
     (lambda: elbo_loss(A, A, torch.zeros(63, 4), torch.zeros(63, 4)), ValueError,
      "elbo_loss: mean must have batch size 64 like recon_x, got 63"),
-    (lambda: elbo_loss(A, A, A, B), ValueError, "elbo_loss: logvar must have shape (64, 32) like mean, got (64, 16)"),
+    (lambda: elbo_loss(A, A, A, B), ValueError,
+     "elbo_loss: logvar must have shape (64, 32) like mean, got (64, 16)"),
     (lambda: elbo_loss(A, A, META, META), ValueError,
      "elbo_loss: mean must be on cpu like recon_x, got a tensor on meta"),
     (lambda: elbo_loss(A, A, A, A, recon_logvar=B), ValueError,
@@ -153,7 +161,8 @@ CASES = [
      "elbo_loss: beta must be a number or a 0-dim tensor, got shape (64,)"),
     (lambda: elbo_loss(A, A, A, A, beta=None), TypeError,
      "elbo_loss: beta must be a number or a tensor, got NoneType"),
-    (lambda: elbo_loss(A, A, A, A, beta=float("nan")), ValueError, "elbo_loss: beta must not be NaN"),
+    (lambda: elbo_loss(A, A, A, A, beta=float("nan")), ValueError,
+     "elbo_loss: beta must not be NaN"),
     (lambda: elbo_loss(A, A, A, A, beta=torch.zeros((), device="meta")), ValueError,
      "elbo_loss: beta must be on cpu like recon_x, got a tensor on meta"),
     (lambda: elbo_loss(A, A, A, A, reduction="none"), ValueError,
@@ -168,11 +177,14 @@ CASES = [
     (lambda: DiagonalGaussian.from_moments(torch.zeros(2, 3)), ValueError,
      "DiagonalGaussian.from_moments: moments must have an even size in dimension 1, got (2, 3)"),
     (lambda: DiagonalGaussian.from_moments(A, dim=0), ValueError,
-     "DiagonalGaussian.from_moments: dim must be a dimension of moments (64, 32) other than the batch, got 0"),
+     "DiagonalGaussian.from_moments: dim must be a dimension of moments (64, 32) other than the "
+     "batch, got 0"),
     (lambda: DiagonalGaussian.from_moments(A, dim=2), ValueError,
-     "DiagonalGaussian.from_moments: dim must be a dimension of moments (64, 32) other than the batch, got 2"),
+     "DiagonalGaussian.from_moments: dim must be a dimension of moments (64, 32) other than the "
+     "batch, got 2"),
     (lambda: DiagonalGaussian.from_moments(A, dim=-2), ValueError,
-     "DiagonalGaussian.from_moments: dim must be a dimension of moments (64, 32) other than the batch, got -2"),
+     "DiagonalGaussian.from_moments: dim must be a dimension of moments (64, 32) other than the "
+     "batch, got -2"),
     (lambda: DiagonalGaussian.from_moments(A, clamp=(1.0, 0.0)), ValueError,
      "DiagonalGaussian.from_moments: clamp must be (low, high) with low <= high, got (1.0, 0.0)"),
     (lambda: DiagonalGaussian(A, A).kl(3), TypeError,
@@ -186,7 +198,8 @@ CASES = [
     (lambda: DiagonalGaussian(A, A).rsample(backend="tpu"), ValueError,
      "fused_elbo: unknown backend 'tpu', expected one of 'cpu', 'cuda', 'triton', 'reference'"),
 
-    (lambda: Reparameterize(num_samples=-1), ValueError, "Reparameterize: num_samples must be at least 1, got -1"),
+    (lambda: Reparameterize(num_samples=-1), ValueError,
+     "Reparameterize: num_samples must be at least 1, got -1"),
     (lambda: Reparameterize(reduction="mean"), ValueError,
      f"Reparameterize: reduction must be one of {ALL}, got 'mean' {MEAN_HINT}"),
     (lambda: GaussianLogLikelihood("unit"), TypeError,

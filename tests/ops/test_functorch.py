@@ -1,4 +1,4 @@
-"""torch.func and forward mode: grad, vmap, vmap of grad, jacrev, hessian, jvp, with the noise of plain calls."""
+"""torch.func and forward mode: grad, vmap, jacrev, hessian, jvp, with the noise of plain calls."""
 
 import pytest
 import torch

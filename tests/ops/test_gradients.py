@@ -1,4 +1,4 @@
-"""Gradients: those of the float64 formulas, to float32 accuracy; and in float64 to second order by finite differences."""
+"""Gradients: those of float64 formulas; and to second order, those of finite differences."""
 
 import math
 
@@ -177,7 +177,8 @@ def test_gradients_of_a_likelihood_over_samples_are_summed_over_them(form, broad
     )
     for a, t in zip(actual, inputs):
         assert a.shape == t.shape
-    # 2 samples for x and mean, 2 * 6 * 20 terms for a channel's variance, each of magnitude up to about 100.
+    # 2 samples for x and mean, 2 * 6 * 20 terms for a channel's variance, each of magnitude up to
+    # about 100.
     assert_gradients(actual, expected, [1e-6 * (e.abs() + 500) for e in expected])
 
 
@@ -193,11 +194,11 @@ def test_an_argument_that_needs_no_gradient_gets_none_and_changes_no_other(missi
         assert torch.equal(a, b)
 
 
-# ------------------------------------------------------------------- gradcheck and gradgradcheck in float64
+# gradcheck and gradgradcheck in float64
 
 
 def check(function, *inputs):
-    """Both orders; second-order upstream gradients are random, so that no term is hidden by symmetry."""
+    """Both orders."""
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
 
@@ -331,7 +332,7 @@ def test_first_gradients_are_the_same_with_and_without_create_graph(device):
 
 
 def test_a_gradient_penalty_trains(device):
-    """Double backward in float32, through z: d/dmean of |dL/dmean|^2 where L = (z^2).sum() / 2 is 2 z."""
+    """Double backward in float32: with L = sum of z^2 / 2, d/dmean of |dL/dmean|^2 is 2 z."""
     mean, logvar = leaf(4, 3, device=device), torch.full((4, 3), math.log(2.0), device=device)
     z = reparameterize(mean, logvar, key=KEY)
     (grad,) = torch.autograd.grad(z.square().sum() / 2, mean, create_graph=True)

@@ -1,4 +1,4 @@
-"""The rest of torch: autocast, activation checkpointing, fake tensors, DDP, hooks, inference mode."""
+"""The rest of torch: autocast, checkpointing, fake tensors, DDP, hooks, inference mode."""
 
 import pytest
 import torch
@@ -98,6 +98,20 @@ def test_a_checkpointed_forward_draws_the_same_noise_again(key, reentrant, devic
         assert torch.equal(t.grad, g)
 
 
+def test_a_checkpointed_and_compiled_step_has_the_gradients_of_the_plain_one(device):
+    torch._dynamo.reset()
+    model, x = VAE(KEY).to(device), torch.randn(8, 6, device=device)
+    expected = torch.autograd.grad(model(x).loss, list(model.parameters()))
+    compiled = torch.compile(
+        lambda x: checkpoint(lambda x: model(x).loss, x, use_reentrant=False),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    actual = torch.autograd.grad(compiled(x), list(model.parameters()))
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
 def test_a_checkpointed_vae_step_has_the_gradients_of_the_plain_one(device):
     model, x = VAE().to(device), torch.randn(8, 6, device=device)
     torch.manual_seed(8)
@@ -110,8 +124,8 @@ def test_a_checkpointed_vae_step_has_the_gradients_of_the_plain_one(device):
 
 @pytest.mark.parametrize("fake_device", ["cpu", "cuda"])
 def test_fake_tensors_pass_through_the_public_functions(fake_device):
-    """Shape propagation, for a device that need not be here. (Without gradients: a fake cuda tensor that requires one
-    aborts a torch that has no cuda.)"""
+    """Shape propagation, for a device that need not be here. (Without gradients: a fake cuda tensor
+    that requires one aborts a torch that has no cuda.)"""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), torch.no_grad():
@@ -174,7 +188,7 @@ def test_inference_mode_and_no_grad_give_the_same_values(device):
 def test_tensor_hooks_see_the_gradients(device):
     mean, logvar = (leaf(5, 3, device=device) for _ in range(2))
     seen = []
-    z, kl = reparameterize_kl(mean * 1, logvar, key=KEY)
+    z, _ = reparameterize_kl(mean * 1, logvar, key=KEY)
     z.register_hook(lambda g: g * 2)
     mean.register_hook(lambda g: seen.append(g.clone()))
     z.sum().backward()

@@ -1,4 +1,4 @@
-"""The noise contract: which words, which normals, how they are distributed, and that backward draws them again."""
+"""The noise contract: which words, which normals, their distribution; backward draws them again."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_words_are_bit_identical_to_those_of_the_contract(first, backend, device
 
 @pytest.mark.parametrize("shape", [(10, 8), (7, 13), (5, 1), (64, 3, 5, 2)], ids=str)
 def test_every_element_has_a_counter_and_lane_of_its_own(shape, device):
-    """Element i of the tensor is lane i % 4 of counter i // 4: no draw is used twice, none is left out."""
+    """Element i is lane i % 4 of counter i // 4: no draw is used twice, none is left out."""
     num_samples = 3
     z = normals(shape, device, NoiseKey(99, stream=4), torch.float64, num_samples=num_samples).cpu()
     total = math.prod(shape)
@@ -93,7 +93,8 @@ def test_ten_million_normals_are_distributed_as_normals(dtype, device, interpret
         .flatten()
         .numpy()
     )
-    # Moments of n draws: the standard errors are 1/sqrt(n), sqrt(2/n), sqrt(15/n), sqrt(96/n). Five of them.
+    # Moments of n draws: the standard errors are 1/sqrt(n), sqrt(2/n), sqrt(15/n), sqrt(96/n). Five
+    # of them.
     n = len(z)
     for value, expected, error in (
         (z.mean(), 0, 1),

@@ -17,7 +17,7 @@ def drawn(device, **options):
 
 
 def folded(seed, *data):
-    """fold_in in Python's integers: splitmix64's finalizer of the seed, then of it plus data golden ratios."""
+    """fold_in in Python's integers, with the finalizer of splitmix64."""
 
     def mix(v):
         v = ((v ^ (v >> 30)) * 0xBF58476D1CE4E5B9) & MASK

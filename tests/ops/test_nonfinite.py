@@ -22,7 +22,7 @@ ids = {"ids": lambda value: str(value).removeprefix("torch.")}
 
 
 def one_element(value, dtype, device, fill=0.0):
-    """[3, 37] of a number, with another value in one element of row 1, inside a vector and not in a tail."""
+    """[3, 37] of a number, with another value in an element of row 1 that is in no tail."""
     t = torch.full((3, 37), fill, dtype=dtype, device=device)
     t[1, 5] = value
     return t

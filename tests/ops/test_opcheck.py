@@ -1,4 +1,4 @@
-"""torch.library.opcheck: schemas, fake tensors and autograd of every registered operation are what they claim."""
+"""torch.library.opcheck: schemas, fake tensors and autograd of every registered operation."""
 
 import math
 
@@ -25,7 +25,7 @@ def latent_calls(device, requires_grad):
 
     seed = torch.tensor(3, device=device)
     a, b, c, d = (make(3, 4, 2) for _ in range(4))
-    #                            seed_value, stream, row_offset, num_samples, chunk_dim, clamp, want_z, reduction
+    # seed_value, stream, row_offset, num_samples, chunk_dim, clamp, want_z, reduction
     yield "plain", (a, b, None, None, None, 7, 0, 0, 0, -1, -INF, INF, True, 1)
     yield "priors", (a, b, c, d, seed, 0, 1, 5, 3, -1, -INF, INF, True, 3)
     yield (

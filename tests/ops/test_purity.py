@@ -1,4 +1,4 @@
-"""What an operation leaves behind: no written input, nothing saved but inputs and key, no random state touched."""
+"""What an operation leaves behind: inputs unwritten, only inputs and key saved."""
 
 import pytest
 import torch

@@ -68,7 +68,8 @@ def test_gradients_through_every_reduction_agree_with_float64(reduction, device)
 
 
 def expanded(how, shape, device):
-    """Upstream gradients as autograd really sends them: `sum()` sends one number expanded, `mean(0)` one row."""
+    """Upstream gradients as autograd really sends them: `sum()` sends one number expanded,
+    `mean(0)` one row."""
     if how == "one number":
         return torch.tensor(1.5, device=device).expand(shape)
     if how == "one row":

@@ -1,4 +1,4 @@
-"""Strides: any layout is read right, the usual ones in place, and gradients come back in a layout autograd accepts."""
+"""Strides: any layout is read right, and the usual ones in place."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ SHAPES = [(4, 3, 5, 6), (1, 2, 1, 3), (3, 1, 4, 1), (2, 8, 16, 16)]
 
 
 def mixed(layout):
-    """The layout for every tensor, and beside contiguous ones, which must not be confused with it."""
+    """The layout for every tensor, and beside contiguous ones."""
     return (layout, layout), (layout, "contiguous"), ("contiguous", layout)
 
 

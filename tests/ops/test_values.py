@@ -20,7 +20,8 @@ from tests.ops.support import NORMALS, RELATIVE, assert_within, leaf
 FULL = (torch.float32, torch.float64)
 KEY = NoiseKey(seed=-(2**40) - 7, stream=3)
 
-# Rows that start at every lane, vector loops with and without a tail, one element, many rows, long rows.
+# Rows that start at every lane, vector loops with and without a tail, one element, many rows, long
+# rows.
 SHAPES = [(7,), (1, 1), (5, 3), (33, 20), (4, 257), (2, 3, 5, 7), (3, 4, 16, 16), (2, 3, 4, 2, 3)]
 LARGE = [(300, 128), (3, 16411)]
 PRIORS = ("standard", "full", "one row", "one number")
@@ -69,8 +70,9 @@ def test_both_outputs_of_reparameterize_kl_agree_with_float64(dtype, form, devic
         eps = truth.normals(shape, KEY.seed, KEY.stream, dtype=dtype)
         assert_within(z, truth.sample(mean64, logvar64, eps), z_bound(mean64, logvar64, eps, dtype))
         expected = truth.kl(mean64, logvar64, *p64)
-        # With a prior, logvar - prior_logvar and mean - prior_mean are rounded before phi and the square see them:
-        # a relative error of 2**-24 each in an argument moves the term by at most a few times that of its scale.
+        # With a prior, logvar - prior_logvar and mean - prior_mean are rounded before phi and the
+        # square see them: a relative error of 2**-24 each in an argument moves the term by at most
+        # a few times that of its scale.
         scale = (
             expected
             if form == "standard"
@@ -162,8 +164,9 @@ def test_kl_does_not_depend_on_the_number_of_samples(num_samples, device):
     assert torch.equal(one, several)
 
 
-# Where the logarithm is hardest: words that give u = 1 exactly (radius 0; an approximate logarithm may turn positive
-# there) and words near 0 (the largest radii). Found by a search over the counters of seed 0: counter, word index.
+# Where the logarithm is hardest: words that give u = 1 exactly (radius 0; an approximate logarithm
+# may turn positive there) and words near 0 (the largest radii). Found by a search over the counters
+# of seed 0: counter, word index.
 EXTREME_WORDS = {
     "u is 1, word 0": (38471471, 0),
     "u is 1, word 2": (24962728, 2),

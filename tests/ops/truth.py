@@ -1,4 +1,5 @@
-"""The truth, written a second time: the noise contract in NumPy, the formulas in float64, phi in 50 digits.
+"""The truth, written a second time: the noise contract in NumPy, the formulas in float64, phi in 50
+digits.
 
 Nothing here is shared with the package, so that one mistake cannot hide in both.
 """
