@@ -12,8 +12,8 @@ from fused_vae import data
 from fused_vae.baseline import ProbabilisticPCA
 from fused_vae.config import TrainConfig
 from fused_vae.data import Images
-from fused_vae.errors import UserError
-from fused_vae.train import Trainer, TrainingError
+from fused_vae.errors import TrainingError, UserError
+from fused_vae.train import Trainer
 
 
 @pytest.fixture(scope="module")

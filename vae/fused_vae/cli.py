@@ -7,9 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import UserError
+from .errors import TrainingError, UserError
+
+if TYPE_CHECKING:
+    from .job import Machine
 
 INTERRUPTED = 130
 
@@ -32,12 +35,33 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a VAE on images",
-        description=(
-            "Train a VAE on images; write a checkpoint, metrics and pictures to a run folder."
-        ),
+        description="Train a VAE on images; write a checkpoint, metrics and pictures to a folder.",
         argument_default=argparse.SUPPRESS,
     )
-    option = train.add_argument
+    _add_train_options(train)
+    train.add_argument("--resume", action="store_true", help="continue an unfinished run exactly")
+    train.add_argument("--beta", type=float, help="weight of the KL (default: 1, the ELBO)")
+    sweep = commands.add_parser(
+        "sweep",
+        help="train at several beta and draw the rate-distortion curve",
+        description="Train one VAE per --beta; write RUN/sweep.html. Runs that exist are kept.",
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_train_options(sweep)
+    sweep.add_argument(
+        "--beta", type=float, nargs="+", dest="betas", help="default: 0.1 1 10 100 1000"
+    )
+    report = commands.add_parser(
+        "report",
+        help="explain a trained VAE on one page",
+        description="Write RUN/report.html: what the VAE learned, and why it works.",
+    )
+    report.add_argument("run", help="the folder of a complete run")
+    return parser
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
     option(
         "data",
         nargs="?",
@@ -52,11 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace a run that has this name, once the new one is complete",
     )
-    option(
-        "--resume",
-        action="store_true",
-        help="continue an unfinished run exactly as if it had never stopped",
-    )
     option("--network", help="conv (default) or mlp")
     option("--latent", type=int, help="latent dimensions (default: 10)")
     option(
@@ -68,7 +87,6 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help="the decoder's sigma when fixed, its start when learned (default: 0.25)",
     )
-    option("--beta", type=float, help="weight of the KL in the loss (default: 1, the ELBO)")
     option("--epochs", type=int, help="default: about 900 steps, at most 60 epochs")
     option("--batch-size", type=int, help="default: 100, fewer for less than 300 images")
     option("--lr", type=float, help="highest learning rate of Adam (default: 0.002)")
@@ -78,13 +96,6 @@ def build_parser() -> argparse.ArgumentParser:
     option("--device", help="cpu or cuda (default: cuda if there is one)")
     option("--threads", type=int, help="CPU threads (default: torch's choice)")
     option("--quiet", action="store_true", help="no progress bar")
-    report = commands.add_parser(
-        "report",
-        help="explain a trained VAE on one page",
-        description="Write RUN/report.html: what the VAE learned, and why it works.",
-    )
-    report.add_argument("run", help="the folder of a complete run")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"fused-vae: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"fused-vae: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fused-vae: stopped; --resume continues after the last epoch", file=sys.stderr)
         return INTERRUPTED
@@ -108,30 +122,46 @@ def _interrupt(_signal: int, _frame: object) -> NoReturn:
 
 
 def _train(arguments: dict[str, Any]) -> int:
-    from . import job  # torch is imported only once the options are known to be readable
+    from . import job
     from .config import TrainConfig
-    from .train import TrainingError
 
-    names = {field.name for field in fields(TrainConfig)}
-    options = {k: v for k, v in arguments.items() if k in names}
+    options = _model_options(arguments)
     overwrite, resume = arguments.get("overwrite", False), arguments.get("resume", False)
     if overwrite and resume:
         raise UserError("--overwrite and --resume exclude each other")
     run = arguments.get("run") or job.default_run(options.get("data", TrainConfig.data))
-    machine = job.Machine(
-        arguments.get("device"),
-        arguments.get("threads"),
-        progress=not arguments.get("quiet", False),
-    )
-    try:
-        if resume:
-            job.resume(run, options, machine)
-        else:
-            job.start(run, TrainConfig(**options), machine, overwrite=overwrite)
-    except TrainingError as error:
-        print(f"fused-vae: {error}", file=sys.stderr)
-        return 1
+    if resume:
+        job.resume(run, options, _machine(arguments))
+    else:
+        job.start(run, TrainConfig(**options), _machine(arguments), overwrite=overwrite)
     return 0
+
+
+def _sweep(arguments: dict[str, Any]) -> int:
+    from . import job, sweep
+    from .config import TrainConfig
+
+    job.check_packages()
+    config = TrainConfig(**_model_options(arguments))
+    run = arguments.get("run") or job.default_run(config.data + "-sweep")
+    betas = arguments.get("betas") or [0.1, 1.0, 10.0, 100.0, 1000.0]
+    machine = _machine(arguments)
+    print(sweep.run(run, config, betas, machine, overwrite=arguments.get("overwrite", False)))
+    return 0
+
+
+def _model_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    from .config import TrainConfig
+
+    names = {field.name for field in fields(TrainConfig)}
+    return {k: v for k, v in arguments.items() if k in names}
+
+
+def _machine(arguments: dict[str, Any]) -> Machine:
+    from . import job
+
+    device, threads = arguments.get("device"), arguments.get("threads")
+    return job.Machine(device, threads, progress=not arguments.get("quiet", False))
 
 
 def _report(arguments: dict[str, Any]) -> int:
@@ -142,7 +172,11 @@ def _report(arguments: dict[str, Any]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {"train": _train, "report": _report}
+COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "train": _train,
+    "sweep": _sweep,
+    "report": _report,
+}
 
 
 if __name__ == "__main__":

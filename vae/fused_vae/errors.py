@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake ends in."""
+"""The exceptions that the command line turns into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -14,3 +14,7 @@ def missing_package(package: str, purpose: str) -> UserError:
     return UserError(
         f"{purpose} needs {package}: pip install 'fused-elbo[vae]' (or pip install {package})"
     )
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and where. Exit status 1."""

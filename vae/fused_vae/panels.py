@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import plots, study
+from fused_elbo import DiagonalGaussian
+
+from . import plots
 from .study import Material, Study
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ def what_it_learned(
     return [
         _curves(history, summary),
         _reconstructions(material),
-        _posterior_beside_prior(material),
-        _interpolations(material),
+        _posterior_beside_prior(material, result),
+        _interpolations(material, result),
         _traversals(material, result),
         _dimensions(result),
     ]
@@ -62,10 +64,10 @@ def _curves(history: Sequence[Row], summary: Row) -> Panel:
         "The evidence lower bound (ELBO) and the two parts it is made of, after every epoch: the "
         "rate, nats spent on the code, and the distortion, nats still missing once the code is "
         "known.",
-        f"The rate went from {first['rate']:.1f} to {last['rate']:.1f} nats because every nat of "
-        "code saved more than a nat of distortion; the dashed line is the best that a linear "
-        "model of the same size can do, and a training curve above the held-out one is memory, "
-        "not understanding.",
+        f"The rate went from {first['rate']:.1f} to {last['rate']:.1f} nats: the encoder writes"
+        " what saves more distortion than it costs, and nothing else. The dashed line is the best"
+        " that a linear model of the same size can do; a training curve above the held-out one is"
+        " memory, not understanding.",
         plots.curves_figure(history, summary["baseline_log_prob"]),
     )
 
@@ -82,14 +84,19 @@ def _reconstructions(material: Material) -> Panel:
     )
 
 
+def _informative(result: Study) -> bool:
+    """Whether a code says which of two pictures it came from."""
+    return result.retrieval(2) > 0.95
+
+
 @torch.no_grad()
-def _posterior_beside_prior(material: Material) -> Panel:
+def _posterior_beside_prior(material: Material, result: Study) -> Panel:
     columns, model = 10, material.model
     rows: list[tuple[str, Tensor]] = []
     for index in range(min(3, material.queries)):
         mean = material.q.mean[index].expand(columns - 1, -1)
         logvar = material.q.logvar[index].expand(columns - 1, -1)
-        q = study.DiagonalGaussian(mean, logvar)
+        q = DiagonalGaussian(mean, logvar)
         drawn = model.decode(q.rsample(key=material.key.fold_in(10 + index)))[0]
         rows.append(("z ~ q(z | first)", torch.cat([material.x[index : index + 1], drawn])))
     latent = material.q.mean.shape[1]
@@ -100,15 +107,22 @@ def _posterior_beside_prior(material: Material) -> Panel:
         "Samples of one posterior, beside samples of the prior",
         "In the upper rows the first picture is an original and the others are decoded from "
         "different samples of its posterior; the lower rows are decoded from the prior.",
-        "All samples of one posterior are the same picture up to details, and look nothing like a "
-        "random draw from the prior: so each posterior is a small region of its own, although "
-        "training pulled every one of them toward the prior.",
+        (
+            "All samples of one posterior are the same picture up to details, and unlike a random"
+            " draw from the prior: each posterior is a small region of its own, although training"
+            " pulled every one of them toward the prior."
+            if _informative(result)
+            else (
+                "Samples of one posterior differ as much as draws from the prior do: the code says "
+                "little about its picture."
+            )
+        ),
         plots.rows_figure(rows),
     )
 
 
 @torch.no_grad()
-def _interpolations(material: Material) -> Panel:
+def _interpolations(material: Material, result: Study) -> Panel:
     rows = []
     for index in range(min(4, material.queries // 2)):
         a, b = 2 * index, 2 * index + 1
@@ -120,8 +134,12 @@ def _interpolations(material: Material) -> Panel:
         "From one picture to another",
         "The outermost pictures are originals, and between them is what lies on the straight line "
         "from the code of one to the code of the other.",
-        "Halfway there are pictures, not two pictures faded into each other, because the KL made "
-        "the encoder use the space between its codes.",
+        (
+            "Halfway there are pictures, not two pictures faded into each other, because the KL"
+            " made the encoder use the space between its codes."
+            if _informative(result)
+            else "There is nothing to see on the way: all codes are nearly the same."
+        ),
         plots.rows_figure(rows),
     )
 
@@ -290,6 +308,7 @@ def _overlap(result: Study) -> Panel:
 
 def _residuals(result: Study, summary: Row) -> Panel:
     rms = float(result.residuals.square().mean().sqrt())
+    tails = float(result.residuals.double().pow(4).mean()) / rms**4  # 3 for a normal
     figure = plots.new_figure(8, 3)
     axes = figure.subplots()
     x = torch.linspace(-5, 5, 101)
@@ -304,9 +323,13 @@ def _residuals(result: Study, summary: Row) -> Panel:
         "Is the noise what the decoder says?",
         "Residuals of held-out pixels in units of what the decoder assumes "
         f"({stated}), beside the normal curve that it assumes.",
-        f"Their root mean square is {rms:.2f} (1 would be exactly right on new pictures); a tall "
-        "peak with long tails says that one sigma is too large for the background and too small "
-        "for edges.",
+        f"Their root mean square is {rms:.2f} (1 would be exactly right on new pictures)"
+        + (
+            "; the tall peak and the long tails say that one sigma is too large for the "
+            "background and too small for edges."
+            if tails > 4
+            else ", and their shape is nearly normal."
+        ),
         figure,
     )
 

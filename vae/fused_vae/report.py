@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,12 @@ td:nth-child(2) { font-variant-numeric: tabular-nums; text-align: right; white-s
 blockquote { border-left: 4px solid #bbb; margin: 1rem 0; padding: .2rem 1rem; color: #444; }
 """.strip()
 
+INTRODUCTION = (
+    "A variational autoencoder turns a picture x into a small code z (not a point but a"
+    " distribution q(z|x)) and z back into a picture. All numbers are in nats per held-out picture"
+    " (1 nat = 1.44 bits)."
+)
+
 QUESTION = (
     "Training pulls every q(z|x) toward N(0, I), so the distributions of Bob and of Alice become"
     " more alike the longer we train. A sample from Bob's posterior should then decode to Alice"
@@ -86,40 +93,39 @@ ANSWER = (
 
 def _page(name: str, summary: Row, chapters: dict[str, list[Panel]]) -> str:
     facts: list[tuple[str, float, str]] = [
-        (
-            "ELBO",
-            summary["elbo"],
-            "a lower bound on log P(picture); rate and distortion add up to it",
-        ),
-        ("rate", summary["rate"], "KL(q(z|x) || p(z)): the price of the code"),
-        (
-            "distortion",
-            summary["distortion"],
-            "-log p(x|z): what is missing once the code is known",
-        ),
-        ("log p(x), at least", summary["log_prob_bound"], "a tighter bound by importance sampling"),
+        ("ELBO", summary["elbo"], "a lower bound on log P(picture): -(rate + distortion)"),
+        ("rate", summary["rate"], "KL(q(z|x) || p(z)), the price of the code"),
+        ("distortion", summary["distortion"], "-log p(x|z), what the code leaves open"),
+        ("log p(x), at least", summary["log_prob_bound"], "tighter, by importance sampling"),
         ("probabilistic PCA", summary["baseline_log_prob"], "log p(x) of the best linear model"),
     ]
     rows = "".join(
         f"<tr><td>{html.escape(n)}</td><td>{v:,.1f}</td><td>{html.escape(t)}</td></tr>"
         for n, v, t in facts
     )
-    body = "".join(
-        f"<h2>{html.escape(title)}</h2>"
-        + (
-            f"<blockquote>{html.escape(QUESTION)}</blockquote><p>{html.escape(ANSWER)}</p>"
-            if number
-            else ""
-        )
-        + "".join(map(render_panel, panels))
-        for number, (title, panels) in enumerate(chapters.items())
+    learned, why = chapters.items()
+    return _document(
+        f"What the VAE of {name} learned",
+        f"<p>{html.escape(INTRODUCTION)}</p><table>{rows}</table>"
+        + _chapter(*learned)
+        + _chapter(*why, f"<blockquote>{QUESTION}</blockquote><p>{ANSWER}</p>"),
     )
+
+
+def render_document(title: str, introduction: str, panels: Sequence[Panel]) -> str:
+    """A page of one chapter."""
+    body = "".join(map(render_panel, panels))
+    return _document(title, f"<p>{html.escape(introduction)}</p>{body}")
+
+
+def _chapter(title: str, panels: Sequence[Panel], opening: str = "") -> str:
+    return f"<h2>{html.escape(title)}</h2>{opening}" + "".join(map(render_panel, panels))
+
+
+def _document(title: str, body: str) -> str:
+    title = html.escape(title)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-        f"<h1>What the VAE of {html.escape(name)} learned</h1>"
-        "<p>A variational autoencoder turns a picture x into a small code z (not a point but a "
-        "distribution q(z|x)) and z back into a picture. All numbers are in nats per held-out "
-        "picture (1 nat = 1.44 bits).</p>"
-        f"<table>{rows}</table>{body}</html>\n"
+        f"<h1>{title}</h1>{body}</html>\n"
     )

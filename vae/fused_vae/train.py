@@ -18,6 +18,7 @@ from fused_elbo import NoiseKey, tracing
 
 from .config import TrainConfig
 from .data import Images
+from .errors import TrainingError
 from .model import VAE, VAEOutput
 
 NOISE_TRAIN, NOISE_EVALUATE, NOISE_PICTURES = range(3)
@@ -28,10 +29,6 @@ WARM_UP = 0.1
 
 SIGMA_SPEED = 5.0
 """How much faster than the weights the learned log-variance moves: it alone has far to go."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, in which part of the model."""
 
 
 @dataclass
