@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from ..schemas import BATCHMEAN, NONE, OFF, SAMPLE, halves, nats_like
 from . import geometry, latent_operations, likelihood_operations
-from .launch import OPTIONS, Launch, recording
+from .launch import Launch, options, recording
 
 #: What the tests compile for: Ampere, Hopper, Blackwell (data center and desktop), MI300.
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -81,8 +81,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             signature[name] = f"*{_POINTEES[value.dtype]}"
         else:
             signature[name] = {tl.int32: "i32", tl.int64: "i64"}[parameter.annotation]
-    options = dict(OPTIONS)
-    return triton.compile(ASTSource(launch.kernel, signature, constants, {}), target=target, options=options)
+    source = ASTSource(launch.kernel, signature, constants, {})
+    return triton.compile(source, target=target, options=options(target.warp_size))
 
 
 def _integer(value: int) -> str:
@@ -123,7 +123,7 @@ def compile_variant(name: str, launch: Launch, dtype: torch.dtype, target: str) 
         kernel=launch.kernel.fn.__name__,
         target=target,
         elements=elements,
-        threads=OPTIONS["num_warps"] * gpu.warp_size,
+        threads=geometry.THREADS,
         dtype=dtype,
         aligned=aligned,
         compiled=compile_launch(launch, gpu),

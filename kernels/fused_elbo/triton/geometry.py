@@ -18,8 +18,8 @@ from torch import Tensor
 UNIT, CONSTANT, PLANE, UNIT_PLANE = range(4)
 NOT_WANTED, PER_ELEMENT, PER_ROW = range(3)
 
-TILE = 1024  # elements of a tile: 128 threads with 8 elements each
-WARPS = 4
+THREADS = 128
+TILE = 8 * THREADS  # elements of a tile: two groups of 4 per thread, or one of 8
 _MAX_ITERATIONS = 8
 _MAX_PLANE = 2**31 - 2 * TILE * _MAX_ITERATIONS  # what 32-bit positions inside an event can reach
 

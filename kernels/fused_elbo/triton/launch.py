@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import struct
 from collections.abc import Iterator
@@ -17,9 +18,24 @@ from ..schemas import BATCHMEAN, SAMPLE, SUM
 from . import geometry
 from .reduction import add_blocks_kernel, add_rows_kernel
 
-#: Compile options of every kernel. Fusion is written out with `tl.fma` and never left to the compiler: the same bits in
-#: every variant, and Triton's default has changed between releases.
-OPTIONS = {"num_warps": geometry.WARPS, "num_stages": 1, "enable_fp_fusion": False}
+_WAVE = 64  # AMD's data-center GPUs
+
+
+def options(warp_size: int) -> dict[str, Any]:
+    """Compile options of every kernel, for the device's warp size.
+
+    Fusion is written out with `tl.fma` and never left to the compiler: the same bits in every variant, and Triton's default
+    has changed between releases.
+    """
+    return {"num_warps": geometry.THREADS // warp_size, "num_stages": 1, "enable_fp_fusion": False}
+
+
+@functools.cache
+def device_options(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda" or torch.version.hip is None:
+        return options(32)
+    return options(getattr(torch.cuda.get_device_properties(device), "warp_size", _WAVE))
+
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -52,9 +68,9 @@ def launch(kernel: Any, programs: int, device: torch.device, **args: Any) -> Non
         _recorder.append(Launch(kernel, programs, args))
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](**args, **OPTIONS)
+            kernel[(programs,)](**args, **device_options(device))
     else:
-        kernel[(programs,)](**args, **OPTIONS)
+        kernel[(programs,)](**args, **device_options(device))
 
 
 def bits(value: float) -> int:

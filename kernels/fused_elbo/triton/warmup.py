@@ -65,12 +65,13 @@ def warm_up(
         raise RuntimeError(f"fused_elbo.triton.warm_up: {why}")
     if interpreting():
         raise RuntimeError("fused_elbo.triton.warm_up: the interpreter (TRITON_INTERPRET=1) compiles nothing")
-    from .launch import OPTIONS
+    from .launch import device_options
 
     compiled = []
     with torch.cuda.device(torch.device(device)):
+        options = device_options(torch.device("cuda", torch.cuda.current_device()))
         for launch in required(shapes, dtypes, operations, priors, channels_last):
-            launch.kernel.warmup(grid=(launch.programs,), **launch.args, **OPTIONS)
+            launch.kernel.warmup(grid=(launch.programs,), **launch.args, **options)
             compiled.append(launch.kernel.fn.__name__)
     return compiled
 

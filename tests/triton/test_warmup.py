@@ -1,0 +1,95 @@
+"""Compiling before use: which kernels are asked for, and what is said where there is no device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from fused_elbo.triton import aot, reason, warmup
+
+from .test_specialization import keys
+
+SHAPES = [(16, 4, 32, 32), (16, 3, 64, 64)]
+
+
+def required_keys(**options: object) -> set[tuple[str, str]]:
+    launches = warmup.required(SHAPES, [torch.float32], **options)
+    found: set[tuple[str, str]] = set()
+    for one in launches:
+        found.update(keys(lambda one=one: _replay(one)))
+    return found
+
+
+def _replay(one: object) -> None:
+    from fused_elbo.triton import launch
+
+    launch.launch(one.kernel, one.programs, torch.device("meta"), **one.args)
+
+
+@pytest.mark.parametrize("batch", [16, 7])
+def test_a_training_step_needs_nothing_that_was_not_warmed_up(batch: int) -> None:
+    from fused_elbo.schemas import BATCHMEAN, SAMPLE
+    from fused_elbo.triton import latent_operations, likelihood_operations
+
+    warm = required_keys(operations=["reparameterize_kl", "elbo_loss"])
+
+    def step() -> None:
+        mean = torch.empty(batch, 4, 32, 32, device="meta")
+        image, nats = torch.empty(batch, 3, 64, 64, device="meta"), torch.empty(batch, device="meta")
+        numbers = (torch.empty((), dtype=torch.int64, device="meta"), 0, 0, 0, 0, -1, *warmup._FREE)
+        z, kl = latent_operations.latent_forward(mean, mean, None, None, *numbers, True, SAMPLE)
+        likelihood_operations.elbo_forward(image, image, None, 0.0, None, None, kl, None, 1.0, BATCHMEAN, True)
+        latent_operations.latent_backward(mean, mean, None, None, z, nats, *numbers, SAMPLE, False)
+
+    needed = set(keys(step))
+    assert len(needed) >= 4
+    assert needed <= warm
+
+
+def test_every_required_kernel_compiles() -> None:
+    seen = set()
+    for one in warmup.required([(8, 6, 16, 16)], [torch.float16], channels_last=True, priors=True):
+        key = aot._key(one)
+        if key not in seen:
+            seen.add(key)
+            assert aot.compile_launch(one, aot.gpu_target("sm_90")).asm["cubin"]
+    assert len(seen) >= 10
+
+
+def test_unknown_operations_and_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown operations"):
+        warmup.required(SHAPES, [torch.float32], ["softmax"])
+    with pytest.raises(ValueError, match="batch dimension"):
+        warmup.required([()], [torch.float32])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says why it cannot, where it cannot")
+def test_without_a_device_the_reason_is_given() -> None:
+    why = reason()
+    assert why is not None
+    with pytest.raises(RuntimeError, match="warm_up: " + why[:20]):
+        warmup.warm_up(SHAPES)
+    command = [sys.executable, "-m", "fused_elbo.triton.warmup", "--shapes", "64x4x32x32", "--device", "cuda:0"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert why in run.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_warm_process_compiles_nothing_more() -> None:
+    from fused_elbo import reparameterize_kl, use_backend
+    from fused_elbo.triton.latent import latent_forward_kernel
+
+    warmup.warm_up([(16, 4, 32, 32)], operations=["reparameterize_kl"])
+    cached = {device: len(cache[0]) for device, cache in latent_forward_kernel.device_caches.items()}
+    mean = torch.randn(16, 4, 32, 32, device="cuda")
+    with use_backend("triton"):
+        reparameterize_kl(mean, mean)
+    assert {device: len(cache[0]) for device, cache in latent_forward_kernel.device_caches.items()} == cached
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, fused_elbo, fused_elbo.triton; fused_elbo.triton.reason(); sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
