@@ -60,8 +60,9 @@ class Philox {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
     for (int round = 0; round < math::kPhiloxRounds; ++round) {
-      key0_[round] = keep(key0);
-      key1_[round] = keep(key1);
+      // The first keys may be worked out again: with all 20 kept, a kernel of 64 registers spills.
+      key0_[round] = round < 2 ? key0 : keep(key0);
+      key1_[round] = round < 2 ? key1 : keep(key1);
       key0 += math::kPhiloxWeyl0;
       key1 += math::kPhiloxWeyl1;
     }

@@ -43,11 +43,14 @@ def build(sanitize: str | None = None) -> Path:
     return _compile(ROOT, sources, "libfused_elbo_emulated.so", sanitize, flags, link)
 
 
-def build_driver(sanitize: str | None = None, root: Path = ROOT) -> Path:
-    """The executable that runs the kernels on exactly sized buffers. `root`: a tree whose csrc/ is used instead."""
+def build_driver(sanitize: str | None = None, root: Path = ROOT, level: str = "") -> Path:
+    """The executable that runs the kernels on exactly sized buffers.
+
+    root: a tree whose csrc/ is used instead; level: of optimization, -O0 where compiling is most of the work.
+    """
     fibers = HERE / ("threads.cpp" if sanitize == "thread" else "fibers.cpp")
     sources = [*kernel_sources(root), fibers, *sorted((HERE / "driver").glob("*.cpp"))]
-    return _compile(root, sources, "driver", sanitize, [], [])
+    return _compile(root, sources, "driver", sanitize, [level] if level else [], [])
 
 
 def kernel_sources(root: Path) -> list[Path]:

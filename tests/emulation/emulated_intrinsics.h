@@ -54,6 +54,7 @@ inline uint32_t round_float16(float x) {
   const uint32_t sign = (__float_as_uint(x) >> 16) & 0x8000u;
   const double a = std::fabs(static_cast<double>(x));
   if (a >= 65520.0) return sign | 0x7c00u;
+  if (a == 0) return sign;
   int exponent = 0;
   std::frexp(a, &exponent);  // a < 2^exponent
   const int shift = exponent < -13 ? 24 : 11 - exponent;

@@ -1,0 +1,92 @@
+"""What nvcc makes of the training kernels, held to the bounds of the design. Skipped where there is no nvcc."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from benchmarks import sass  # noqa: E402
+
+# Instructions per element in the main loop on sm_90, without a clamp.
+BOUNDS = {
+    "latent_forward_fast<float, false>": 60,
+    "latent_backward_fast<float, false>": 57,
+    "latent_forward_fast<BFloat16, false>": 62,
+    "latent_backward_fast<BFloat16, false>": 60,
+    "latent_forward_fast<Float16, false>": 62,
+    "latent_backward_fast<Float16, false>": 60,
+}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Sequence[sass.Kernel]:
+    try:
+        sass.nvcc_path()
+    except Exception as error:
+        pytest.skip(f"needs nvcc: {error}")
+    names = ("latent_forward", "latent_backward", "likelihood_forward", "likelihood_backward")
+    files = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in names]
+    return sass.compile_kernels(["90"], files)
+
+
+def fast(kernels: Sequence[sass.Kernel]) -> list[sass.Kernel]:
+    found = [kernel for kernel in kernels if "_fast<" in kernel.name]
+    assert len(found) == 12
+    return found
+
+
+def test_main_loops_keep_to_their_instruction_bounds(kernels: Sequence[sass.Kernel]) -> None:
+    costs = {kernel.name: kernel.cost() for kernel in fast(kernels)}
+    assert {name: costs[name] for name in BOUNDS if costs[name] > BOUNDS[name]} == {}
+
+
+def test_training_kernels_use_at_most_64_registers_and_spill_nothing(
+    kernels: Sequence[sass.Kernel],
+) -> None:
+    for kernel in fast(kernels):
+        assert kernel.registers <= 64, kernel.name
+        assert kernel.spills == 0, kernel.name
+
+
+def test_main_loops_move_16_bytes_per_access(kernels: Sequence[sass.Kernel]) -> None:
+    measured = [kernel for kernel in kernels if kernel.inputs]
+    assert len(measured) == 12 + 16
+    for kernel in measured:
+        assert kernel.loop is not None, kernel.name
+        assert set(kernel.loop.accesses("LDG")) == {"128"}, kernel.name
+
+
+def test_training_loops_store_16_bytes_per_access(kernels: Sequence[sass.Kernel]) -> None:
+    for kernel in fast(kernels):
+        assert kernel.loop is not None
+        assert set(kernel.loop.accesses("STG")) == {"128"}, kernel.name
+        assert kernel.elements == 8, kernel.name
+
+
+def test_float32_is_memory_bound_on_an_h100(kernels: Sequence[sass.Kernel]) -> None:
+    h100 = next(chip for chip in sass.CHIPS if chip.name == "H100")
+    for kernel in fast(kernels):
+        if "<float, false>" in kernel.name:
+            assert kernel.roofline(h100) == (1.0, "memory"), kernel.name
+
+
+def test_the_main_loop_is_found_among_other_loops() -> None:
+    code = [
+        (0x00, "MOV R1, R2"),
+        (0x10, "LDG.E.128 R4, desc[UR4][R2.64]"),
+        (0x20, "FFMA R4, R4, R5, R6"),
+        (0x30, "@P0 BRA 0x10"),
+        (0x40, "LDG.E R4, desc[UR4][R2.64]"),
+        (0x50, "FADD R4, R4, R5"),
+        (0x60, "FADD R4, R4, R5"),
+        (0x70, "@P0 BRA 0x40"),
+    ]
+    loop = sass.main_loop(code)
+    assert loop is not None
+    assert dict(loop.opcodes) == {"LDG.E.128": 1, "FFMA": 1, "BRA": 1}
+    assert loop.loaded_bytes() == 16
