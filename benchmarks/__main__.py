@@ -49,12 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch._dynamo.config.recompile_limit = 64  # one function, many dtypes and modes
     torch.manual_seed(0)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.threads or options.busy:
+        torch.set_num_threads(1 if options.busy else options.threads)
     effort = QUICK if options.quick else FULL
     if options.rounds:
         effort = Effort(options.rounds, effort.sample_seconds, effort.limit_seconds)
-    run = Run(device, options.quick, effort, timing.bandwidth(device), options.providers)
+    bandwidth = timing.bandwidth(device, options.busy)
+    run = Run(device, options.quick, effort, bandwidth, options.busy, options.providers)
     workloads = _chosen(options.quick, options.only)
     if not workloads:
         _parser().error(f"--only {options.only}: no workload matches")
@@ -123,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, help="default: 15 with --quick, else 41")
     parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="for a machine that is not quiet: one thread, and its CPU time instead of wall time",
+    )
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--list", action="store_true", help="workloads and providers")
     parser.add_argument(

@@ -45,6 +45,7 @@ class Run:
     quick: bool
     effort: Effort
     bandwidth: float
+    busy: bool = False
     providers: list[str] = field(default_factory=lambda: list(PROVIDERS))
     rows: list[Row] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -84,6 +85,7 @@ class Run:
             self.effort.rounds,
             self.effort.sample_seconds,
             self.effort.limit_seconds,
+            self.busy,
         )
         rows = []
         for (name, dtype), p in prepared.items():
@@ -202,6 +204,7 @@ def environment(run: Run, memory: str, load_before: tuple[float, ...]) -> dict[s
         "fused_elbo": fused_elbo.__version__,
         "python": platform.python_version(),
         f"{stream}_gb_per_s": round(run.bandwidth / 1e9, 1),
+        "clock": "CPU time of one thread" if run.busy else "wall",
         "memory": memory,
         "load_average_before": load_before,
         "load_average_after": os.getloadavg(),

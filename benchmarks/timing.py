@@ -84,12 +84,13 @@ def measure(
     rounds: int,
     sample_seconds: float,
     limit_seconds: float,
+    busy: bool = False,
 ) -> dict[str, Times]:
     """Interleaved rounds: every provider runs once per round, for about ``sample_seconds``.
 
     Fewer rounds, but at least 5, where they would take more than ``limit_seconds``.
     """
-    clock = _Cuda() if device.type == "cuda" else _Cpu()
+    clock = _Cuda() if device.type == "cuda" else _Cpu(busy)
     repetitions = {}
     round_seconds = 0.0
     for name, each in passes.items():
@@ -122,9 +123,14 @@ def measure(
 
 
 class _Cpu:
+    """Wall time; or, ``busy``, CPU time of the thread, which other processes do not lengthen."""
+
+    def __init__(self, busy: bool) -> None:
+        self.now = time.thread_time_ns if busy else time.perf_counter_ns
+
     def time(self, each: Pass, n: int) -> tuple[float, float]:
         forward = backward = 0
-        now = time.perf_counter_ns
+        now = self.now
         run_forward, run_backward = each.forward, each.backward
         for _ in range(n):
             start = now()
@@ -139,10 +145,10 @@ class _Cpu:
 
     def inference(self, each: Pass, n: int) -> float:
         run = each.inference
-        start = time.perf_counter_ns()
+        start = self.now()
         for _ in range(n):
             run()
-        return (time.perf_counter_ns() - start) * 1e-9
+        return (self.now() - start) * 1e-9
 
 
 class _Cuda:
@@ -172,7 +178,9 @@ class _Cuda:
         return start.elapsed_time(end) * 1e-3
 
 
-def bandwidth(device: torch.device, elements: int = 1 << 24, rounds: int = 15) -> float:
+def bandwidth(
+    device: torch.device, busy: bool = False, elements: int = 1 << 24, rounds: int = 15
+) -> float:
     """Bytes per second: a STREAM triad a = b + s * c on a CPU, a copy on a GPU."""
     a, b, c = (torch.rand(elements, device=device) for _ in range(3))
 
@@ -194,7 +202,8 @@ def bandwidth(device: torch.device, elements: int = 1 << 24, rounds: int = 15) -
             torch.cuda.synchronize()
             best = min(best, start.elapsed_time(end) * 1e-3)
         else:
-            begin = time.perf_counter()
+            now = _Cpu(busy).now
+            begin = now()
             kernel()
-            best = min(best, time.perf_counter() - begin)
+            best = min(best, 1e-9 * (now() - begin))
     return streams * elements * 4 / best

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,3 +227,25 @@ def test_the_summary_says_where_the_package_loses(tiny: tuple[Path, str]) -> Non
     assert "`python -m benchmarks --quick --rounds 3 --only" in page
     lost = report.losses(rows(fused_cpu=100, eager=90, compile=101, empty=1), "fused-cpu")
     assert [(theirs.provider, theirs.p50_us) for _, theirs in lost] == [("eager", 90)]
+
+
+class _Sleeps:
+    """A pass during which the thread waits, as it does while another process has the core."""
+
+    def forward(self) -> None:
+        time.sleep(2e-3)
+
+    def backward(self, outputs: None) -> None:
+        pass
+
+    inference = forward
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_busy_clock_does_not_count_waiting(busy: bool) -> None:
+    cpu = torch.device("cpu")
+    times = timing.measure({"sleeps": _Sleeps()}, cpu, 5, 2e-3, 1.0, busy)["sleeps"]
+    for which in ("forward", "inference", "both"):
+        assert len(times.rounds[which]) == 5
+        assert (times.quantiles(which)[1] < 1e-3) == busy
+    assert times.quantiles("backward")[1] < 1e-3
