@@ -285,23 +285,37 @@ def _pythae(workload: Workload) -> Compute | None:
 
 
 class _Empty(torch.autograd.Function):
-    """The signature of reparameterize_kl and none of its work."""
+    """The signature of the Function behind reparameterize_kl, and none of its work."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, logvar: Tensor) -> Outputs:  # type: ignore[override]
-        ctx.save_for_backward(mean, logvar)
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        kernels: object,
+        params: object,
+        mean: Tensor,
+        logvar: Tensor,
+        prior_mean: None,
+        prior_logvar: None,
+        seed: Tensor,
+    ) -> Outputs:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mean, logvar, prior_mean, prior_logvar, seed)
+        ctx.kernels, ctx.params = kernels, params
         return torch.empty_like(mean), mean.new_empty(mean.shape[:1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Outputs:  # type: ignore[override]
-        mean, logvar = ctx.saved_tensors
-        return torch.empty_like(mean), torch.empty_like(logvar)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        mean, logvar, *_ = ctx.saved_tensors
+        return None, None, torch.empty_like(mean), torch.empty_like(logvar), None, None, None
 
 
 def _empty(workload: Workload) -> Compute | None:
     if workload.name != "latent-8x4":
         return None
-    return lambda i: _Empty.apply(i["mean"], i["logvar"])  # type: ignore[no-any-return]
+    seed = torch.zeros((), dtype=torch.int64)
+    return lambda i: _Empty.apply(  # type: ignore[no-any-return]
+        None, None, i["mean"], i["logvar"], None, None, seed.to(i["mean"].device)
+    )
 
 
 FUSED_BACKENDS = ("cpu", "cuda", "triton")
