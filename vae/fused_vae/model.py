@@ -182,17 +182,14 @@ class VAE(nn.Module):
         if num_samples < 1 or chunk < 1:
             raise ValueError(f"num_samples and chunk must be positive, got {num_samples}, {chunk}")
         q = self.encode(x)
-        log_weights = [
-            self._log_weights(x, q, min(chunk, num_samples - start), key and key.fold_in(start))
-            for start in range(0, num_samples, chunk)
-        ]
+        log_weights = []
+        for start in range(0, num_samples, chunk):
+            z = q.rsample(min(chunk, num_samples - start), key=key and key.fold_in(start))
+            log_weights.append(self.log_weights(x, z, q))
         return torch.cat(log_weights).logsumexp(0) - math.log(num_samples)
 
-    def _log_weights(
-        self, x: Tensor, q: DiagonalGaussian, samples: int, key: NoiseKey | None
-    ) -> Tensor:
-        """[K, B]: log p(x, z_k) - log q(z_k|x)."""
-        z = q.rsample(samples, key=key)
+    def log_weights(self, x: Tensor, z: Tensor, q: DiagonalGaussian) -> Tensor:
+        """log p(x, z_k) - log q(z_k|x) of samples ``[K, B, *latent]``, ``[K, B]`` nats."""
         mean, logvar = self.decode(z.flatten(0, 1))
         mean = mean.unflatten(0, z.shape[:2])
         if isinstance(logvar, Tensor) and logvar.dim() > 0:
