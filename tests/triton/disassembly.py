@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+
 from fused_elbo.triton.aot import Variant
 
-_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # Triton brings NVIDIA's tools along
+_BIN = (
+    Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+)  # Triton brings NVIDIA's tools along
 
 
 class Disassembly(NamedTuple):
@@ -36,7 +39,9 @@ def opcode(instruction: str) -> str:
 
 @functools.cache
 def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([_BIN / tool, *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [_BIN / tool, *arguments], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def nvidia(variant: Variant) -> Disassembly:
@@ -45,7 +50,9 @@ def nvidia(variant: Variant) -> Disassembly:
         file.flush()
         resources = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", resources)[1]) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (
+        int(re.search(rf"{key}:(\d+)", resources)[1]) for key in ("REG", "STACK", "LOCAL")
+    )
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in code.splitlines():
@@ -58,14 +65,26 @@ def nvidia(variant: Variant) -> Disassembly:
         target = re.search(r"BRA.*?(\.L_x_\d+)", instruction)
         if target and labels.get(target[1], end) < end:
             loops.append(instructions[labels[target[1]] : end + 1])
-    with_memory = [loop for loop in loops if any(opcode(line).startswith(("LDG", "STG")) for line in loop)]
-    return Disassembly(registers, stack, local, max(with_memory, key=len, default=[]), len(instructions))
+    with_memory = [
+        loop for loop in loops if any(opcode(line).startswith(("LDG", "STG")) for line in loop)
+    ]
+    return Disassembly(
+        registers, stack, local, max(with_memory, key=len, default=[]), len(instructions)
+    )
 
 
 def amd(variant: Variant) -> dict[str, int]:
     """The counts that the assembler notes: registers, spills, scratch and shared (LDS) bytes."""
     text = variant.compiled.asm["amdgcn"]
-    keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size")
+    keys = (
+        "vgpr_count",
+        "vgpr_spill_count",
+        "sgpr_spill_count",
+        "private_segment_fixed_size",
+        "group_segment_fixed_size",
+    )
     counts = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys}
-    counts["wide_accesses"] = len(re.findall(r"(?:global|buffer|flat)_(?:load|store)_dwordx4", text))
+    counts["wide_accesses"] = len(
+        re.findall(r"(?:global|buffer|flat)_(?:load|store)_dwordx4", text)
+    )
     return counts

@@ -1,4 +1,6 @@
-"""How tensors are laid out for the kernels, and how work is divided: plain arithmetic, without Triton."""
+"""How tensors are laid out for the kernels, and how work is divided: plain arithmetic, without
+Triton.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +8,34 @@ import math
 
 import pytest
 import torch
+
 from fused_elbo.triton import geometry
 from fused_elbo.triton.geometry import CONSTANT, PLANE, TILE, UNIT, UNIT_PLANE, arrange, divide
 
 NOTHING = frozenset[str]()
 
 
-def arranged(*tensors: torch.Tensor, group: int = 4, order: list[int] | None = None) -> geometry.Arrangement:
+def arranged(
+    *tensors: torch.Tensor, group: int = 4, order: list[int] | None = None
+) -> geometry.Arrangement:
     named = {str(i): t[None] for i, t in enumerate(tensors)}
     return arrange(named, NOTHING, group, order=order)
 
 
 def address(plan: geometry.Arrangement, name: str, row: int, n: int) -> int:
     """What `tiles.pointers` computes: the storage element of event element n in a row."""
-    layout, start = plan.layouts[name], plan.tensors[name].storage_offset() + row * plan.layouts[name].row
+    layout, start = (
+        plan.layouts[name],
+        plan.tensors[name].storage_offset() + row * plan.layouts[name].row,
+    )
     if layout.kind == UNIT:
         return start + n
     if layout.kind == CONSTANT:
         return start
     outer, within = divmod(n, plan.inner)
-    return start + outer * layout.outer + within * (1 if layout.kind == UNIT_PLANE else layout.inner)
+    return (
+        start + outer * layout.outer + within * (1 if layout.kind == UNIT_PLANE else layout.inner)
+    )
 
 
 MOMENTS = torch.empty(3, 8, 4, 6)
@@ -101,12 +111,17 @@ def test_samples_and_batch_merge_when_every_tensor_lets_them() -> None:
         (torch.empty(4, 2, 16).chunk(2, 2)[1], True),
     ],
 )
-def test_wide_accesses_are_promised_only_where_they_hold(tensor: torch.Tensor, aligned: bool) -> None:
+def test_wide_accesses_are_promised_only_where_they_hold(
+    tensor: torch.Tensor, aligned: bool
+) -> None:
     assert arranged(tensor).aligned == aligned
 
 
 @pytest.mark.parametrize("group", [1, 4, 8])
-@pytest.mark.parametrize("event", [1, 2, 3, 7, 8, 10, 63, 64, 1000, 1023, 1024, 1025, 4096, 4999, 65536, 10**6, 2**31 + 5])
+@pytest.mark.parametrize(
+    "event",
+    [1, 2, 3, 7, 8, 10, 63, 64, 1000, 1023, 1024, 1025, 4096, 4999, 65536, 10**6, 2**31 + 5],
+)
 def test_every_element_has_a_program(event: int, group: int) -> None:
     plan = divide(event, group)
     latest_start = 0 if event % group == 0 else group - math.gcd(event, group)

@@ -1,4 +1,6 @@
-"""What makes Triton compile again: asked of Triton's own specialization, for launches as a training run makes them."""
+"""What makes Triton compile again: asked of Triton's own specialization, for launches as a training
+run makes them.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fused_elbo.schemas import BATCHMEAN, SAMPLE
-from fused_elbo.triton import latent_operations, launch, likelihood_operations
 from torch import Tensor
 from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import create_function_from_signature
+
+from fused_elbo.schemas import BATCHMEAN, SAMPLE
+from fused_elbo.triton import latent_operations, launch, likelihood_operations
 
 FREE = (-math.inf, math.inf)
 
@@ -36,13 +39,23 @@ def keys(call: Callable[[], Any]) -> list[tuple[str, str]]:
     return found
 
 
-def latent(batch: int, event: int, *, samples: int = 0, row_offset: int = 0, value: int = 0, seed: Tensor | None = SEED):
+def latent(
+    batch: int,
+    event: int,
+    *,
+    samples: int = 0,
+    row_offset: int = 0,
+    value: int = 0,
+    seed: Tensor | None = SEED,
+):
     mean = meta(batch, event)
     common = (mean, mean, None, None)
     numbers = (seed, value, 3, row_offset, samples, -1, *FREE)
     grad_z = meta(samples, batch, event) if samples else mean
     return keys(lambda: latent_operations.latent_forward(*common, *numbers, True, SAMPLE)) + keys(
-        lambda: latent_operations.latent_backward(*common, grad_z, meta(batch), *numbers, SAMPLE, False)
+        lambda: latent_operations.latent_backward(
+            *common, grad_z, meta(batch), *numbers, SAMPLE, False
+        )
     )
 
 
@@ -80,16 +93,21 @@ def test_rows_longer_than_a_tile_share_their_kernels() -> None:
 def test_a_changed_batch_size_compiles_no_likelihood(event: tuple[int, ...]) -> None:
     def run(batch: int) -> list[tuple[str, str]]:
         x, latent_mean, channel = meta(batch, *event), meta(batch, 32), meta(event[0], 1, 1)
-        found = keys(lambda: likelihood_operations.likelihood_forward(x, x, channel, 0.0, 1, SAMPLE))
+        found = keys(
+            lambda: likelihood_operations.likelihood_forward(x, x, channel, 0.0, 1, SAMPLE)
+        )
         found += keys(
-            lambda: likelihood_operations.likelihood_backward(x, x, channel, 0.0, 1, SAMPLE, meta(batch), True, True)
+            lambda: likelihood_operations.likelihood_backward(
+                x, x, channel, 0.0, 1, SAMPLE, meta(batch), True, True
+            )
         )
         found += keys(
             lambda: likelihood_operations.elbo_forward(
                 x, x, None, 0.0, latent_mean, latent_mean, None, None, 1.0, BATCHMEAN, True
             )
         )
-        # Large batches add up in one more round; what is compiled for it is the same for all of them.
+        # Large batches add up in one more round; what is compiled for it is the same for all of
+        # them.
         return [key for key in found if key[0] != "add_blocks_kernel"]
 
     expected = run(2)
@@ -110,7 +128,9 @@ def test_the_alignment_of_a_tensor_matters_only_through_the_width_of_the_loads()
 
     def run(mean: Tensor) -> list[tuple[str, str]]:
         numbers = (SEED, 0, 0, 0, 0, -1, *FREE)
-        return keys(lambda: latent_operations.latent_forward(mean, mean, None, None, *numbers, True, SAMPLE))
+        return keys(
+            lambda: latent_operations.latent_forward(mean, mean, None, None, *numbers, True, SAMPLE)
+        )
 
     assert run(wide[:, 1:65]) == run(wide[:, 2:66]) == run(wide[:, 3:67])
     assert run(wide[:, 4:68]) == run(wide[:, :64])

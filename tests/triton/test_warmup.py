@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from fused_elbo.triton import aot, reason, warmup
 
 from .test_specialization import keys
@@ -37,10 +38,15 @@ def test_a_training_step_needs_nothing_that_was_not_warmed_up(batch: int) -> Non
 
     def step() -> None:
         mean = torch.empty(batch, 4, 32, 32, device="meta")
-        image, nats = torch.empty(batch, 3, 64, 64, device="meta"), torch.empty(batch, device="meta")
+        image, nats = (
+            torch.empty(batch, 3, 64, 64, device="meta"),
+            torch.empty(batch, device="meta"),
+        )
         numbers = (torch.empty((), dtype=torch.int64, device="meta"), 0, 0, 0, 0, -1, *warmup._FREE)
         z, kl = latent_operations.latent_forward(mean, mean, None, None, *numbers, True, SAMPLE)
-        likelihood_operations.elbo_forward(image, image, None, 0.0, None, None, kl, None, 1.0, BATCHMEAN, True)
+        likelihood_operations.elbo_forward(
+            image, image, None, 0.0, None, None, kl, None, 1.0, BATCHMEAN, True
+        )
         latent_operations.latent_backward(mean, mean, None, None, z, nats, *numbers, SAMPLE, False)
 
     needed = set(keys(step))
@@ -71,7 +77,15 @@ def test_without_a_device_the_reason_is_given() -> None:
     assert why is not None
     with pytest.raises(RuntimeError, match="warm_up: " + why[:20]):
         warmup.warm_up(SHAPES)
-    command = [sys.executable, "-m", "fused_elbo.triton.warmup", "--shapes", "64x4x32x32", "--device", "cuda:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "fused_elbo.triton.warmup",
+        "--shapes",
+        "64x4x32x32",
+        "--device",
+        "cuda:0",
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1
     assert why in run.stderr
@@ -83,13 +97,20 @@ def test_a_warm_process_compiles_nothing_more() -> None:
     from fused_elbo.triton.latent import latent_forward_kernel
 
     warmup.warm_up([(16, 4, 32, 32)], operations=["reparameterize_kl"])
-    cached = {device: len(cache[0]) for device, cache in latent_forward_kernel.device_caches.items()}
+    cached = {
+        device: len(cache[0]) for device, cache in latent_forward_kernel.device_caches.items()
+    }
     mean = torch.randn(16, 4, 32, 32, device="cuda")
     with use_backend("triton"):
         reparameterize_kl(mean, mean)
-    assert {device: len(cache[0]) for device, cache in latent_forward_kernel.device_caches.items()} == cached
+    assert {
+        device: len(cache[0]) for device, cache in latent_forward_kernel.device_caches.items()
+    } == cached
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
-    code = "import sys, fused_elbo, fused_elbo.triton; fused_elbo.triton.reason(); sys.exit('triton' in sys.modules)"
+    code = (
+        "import sys, fused_elbo.triton; fused_elbo.triton.reason(); "
+        "sys.exit('triton' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

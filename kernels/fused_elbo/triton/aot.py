@@ -3,9 +3,11 @@
     for variant in compile_variants("sm_90"):
         variant.name, variant.compiled.asm["ptx"], variant.compiled.asm["cubin"]
 
-A variant is what a real call would compile: the launchers run on meta tensors and their launches are compiled instead of
-executed. Not in a process that interprets (``TRITON_INTERPRET=1``).
+A variant is what a real call would compile: the launchers run on meta tensors and their launches
+are compiled instead of executed. Not in a process that interprets (``TRITON_INTERPRET=1``).
 """
+
+# mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ _POINTEES = {
 
 
 class Variant(NamedTuple):
-    """A compiled kernel: ``name`` says what it does, ``elements`` how many a program handles per trip of its loop."""
+    """A compiled kernel: ``name`` says what it does, ``elements`` how many a program handles per
+    trip of its loop.
+    """
 
     name: str
     kernel: str
@@ -90,7 +94,9 @@ def _integer(value: int) -> str:
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """The launches of representative calls, named: every kernel with every policy that changes its code."""
+    """The launches of representative calls, named: every kernel with every policy that changes its
+    code.
+    """
     seen = set()
     for name, call in _calls(dtype):
         with recording() as recorded:
@@ -103,7 +109,8 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
 
 
 def compile_variants(
-    target: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    target: str,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 ) -> Iterator[Variant]:
     """Compiles every variant for a target such as ``sm_90`` or ``gfx942``."""
     for dtype in dtypes:
@@ -114,7 +121,10 @@ def compile_variants(
 def compile_variant(name: str, launch: Launch, dtype: torch.dtype, target: str) -> Variant:
     args = launch.args
     if "RECON_WIDTH" in args:
-        elements, aligned = args["RECON_ROWS"] * args["RECON_WIDTH"], args["RECON_ALIGNED"] and args["LATENT_ALIGNED"]
+        elements, aligned = (
+            args["RECON_ROWS"] * args["RECON_WIDTH"],
+            args["RECON_ALIGNED"] and args["LATENT_ALIGNED"],
+        )
     else:
         elements, aligned = args.get("ROWS", 1) * args.get("WIDTH", 1), args.get("ALIGNED", False)
     gpu = gpu_target(target)
@@ -131,7 +141,9 @@ def compile_variant(name: str, launch: Launch, dtype: torch.dtype, target: str) 
 
 
 def _key(launch: Launch) -> tuple[Any, ...]:
-    """What a launch is compiled for: policies, which tensors there are and of which dtype, kinds of layouts."""
+    """What a launch is compiled for: policies, which tensors there are and of which dtype, kinds of
+    layouts.
+    """
     parts: list[Any] = [launch.kernel.fn.__name__]
     for name, value in launch.args.items():
         if isinstance(value, geometry.Layout):
@@ -156,14 +168,20 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     if dtype not in (torch.float32, torch.bfloat16):
         return
     moments, last = meta(16, 8, 64, 64), torch.channels_last
-    clamp = {"clamp": (-30.0, 20.0)}
+    clamp = (-30.0, 20.0)
     yield from _latent_calls("sample and KL, prior", wide, wide, prior=True)
-    yield from _latent_calls("moments", moments, None, chunk=1, **clamp)
-    yield from _latent_calls("moments, channels last", moments.to(memory_format=last), None, chunk=1, **clamp)
-    yield from _latent_calls("moments, last dimension", meta(16, 256, 128), None, chunk=2, **clamp)
+    yield from _latent_calls("moments", moments, None, chunk=1, clamp=clamp)
+    yield from _latent_calls(
+        "moments, channels last", moments.to(memory_format=last), None, chunk=1, clamp=clamp
+    )
+    yield from _latent_calls(
+        "moments, last dimension", meta(16, 256, 128), None, chunk=2, clamp=clamp
+    )
     yield from _latent_calls("sample and KL, small rows", meta(1024, 128), meta(1024, 128))
     yield from _latent_calls("sample and KL, ragged rows", meta(64, 4999), meta(64, 4999))
-    yield from _latent_calls("sample and KL, misaligned", meta(64, 65540)[:, 1:-3], meta(64, 65540)[:, 1:-3])
+    yield from _latent_calls(
+        "sample and KL, misaligned", meta(64, 65540)[:, 1:-3], meta(64, 65540)[:, 1:-3]
+    )
     yield from _latent_calls("samples and KL", wide, wide, samples=8)
     yield from _latent_calls("sample", wide, wide, reduction=OFF)
     yield from _latent_calls("KL", wide, wide, sample=False)
@@ -175,11 +193,13 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from _likelihood_calls("likelihood, unit variance, small rows", meta(1024, 784), None)
     yield from _likelihood_calls("likelihood per element", image, None, reduction=NONE)
     yield from _likelihood_calls("likelihood, batch mean", image, None, reduction=BATCHMEAN)
-    yield from _likelihood_calls("likelihood, samples", image[None].expand(4, *image.shape), None, batch_dims=2)
+    yield from _likelihood_calls(
+        "likelihood, samples", image[None].expand(4, *image.shape), None, batch_dims=2
+    )
     yield from _elbo_calls("elbo, variance per element", image, image)
     yield from _elbo_calls("elbo, one learned variance", image, meta())
     yield "seeds", lambda: latent_operations.fold_seed(_SEED, 1)
-    yield "noise words", lambda: latent_operations.noise_words(_SEED, 0, 0, 0, 0, 1000, _META)
+    yield "noise words", lambda: latent_operations.noise_words(_SEED, 0, 0, 0, 1000)
 
 
 _META = torch.device("meta")
@@ -201,20 +221,36 @@ def _latent_calls(
 ) -> _Calls:
     prior_mean = mean if prior else None
     part, _ = halves(mean, logvar, chunk)
-    like_z = torch.empty((samples, *part.shape), dtype=mean.dtype, device=_META) if samples else torch.empty_like(part)
+    like_z = (
+        torch.empty((samples, *part.shape), dtype=mean.dtype, device=_META)
+        if samples
+        else torch.empty_like(part)
+    )
     grad_z = like_z if sample else None
     grad_kl = None if reduction == OFF else torch.empty_like(nats_like(part, 1, reduction))
     yield (
         f"{label}, forward",
         lambda: latent_operations.latent_forward(
-            mean, logvar, prior_mean, prior_mean, _SEED, 0, 0, 0, samples, chunk, *clamp, sample, reduction
+            mean,
+            logvar,
+            prior_mean,
+            prior_mean,
+            _SEED,
+            0,
+            0,
+            0,
+            samples,
+            chunk,
+            *clamp,
+            sample,
+            reduction,
         ),
     )
     yield (
         f"{label}, backward",
         lambda: latent_operations.latent_backward(
-            mean, logvar, prior_mean, prior_mean, grad_z, grad_kl, _SEED, 0, 0, 0, samples, chunk, *clamp, reduction,
-            prior,
+            mean, logvar, prior_mean, prior_mean, grad_z, grad_kl, _SEED, 0, 0, 0,
+            samples, chunk, *clamp, reduction, prior,
         ),
     )  # fmt: skip
 
@@ -226,7 +262,9 @@ def _likelihood_calls(
     grad = nats_like(mean, batch_dims, reduction)
     yield (
         f"{label}, forward",
-        lambda: likelihood_operations.likelihood_forward(x, mean, logvar, 0.0, batch_dims, reduction),
+        lambda: likelihood_operations.likelihood_forward(
+            x, mean, logvar, 0.0, batch_dims, reduction
+        ),
     )
     yield (
         f"{label}, backward",

@@ -1,26 +1,23 @@
-"""The negative evidence lower bound in one reading of every tensor: both parts, and every gradient where wanted.
+"""The negative evidence lower bound in one reading of every tensor: both parts, and every gradient
+where wanted.
 
     loss = sum_b beta KL_b - log p(x_b | z_b)
 
-The first programs of the grid work on the reconstruction, the others on the latent; a second, tiny kernel adds up what
-they found. Kingma and Welling, arXiv:1312.6114; beta as in Higgins et al., "beta-VAE", ICLR 2017.
+The first programs of the grid work on the reconstruction, the others on the latent; a second, tiny
+kernel adds up what they found. Kingma and Welling, arXiv:1312.6114; beta as in Higgins et al.,
+"beta-VAE", ICLR 2017.
 """
+
+# Triton's dialect: no types, and `if` on constants decides what is compiled.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 import triton
 import triton.language as tl
 
-from .formulas import exponentials, expm1_of_double, from_bits
+from .formulas import expm1_of_double, exponentials, from_bits
 from .likelihood import likelihood_tiles
 from .reduction import add_up
-from .tiles import SAMPLE, add_columns, first_row, load, store
-
-_NOT_SPECIALIZED = [
-    "x_ptr", "recon_ptr", "recon_logvar_ptr", "ll_ptr", "grad_recon_ptr", "grad_recon_logvar_ptr",
-    "mean_ptr", "logvar_ptr", "kl_ptr", "grad_mean_ptr", "grad_logvar_ptr", "beta_ptr", "loss_ptr", "kl_parts_ptr",
-    "ll_parts_ptr", "recon_programs", "recon_rows", "recon_batch", "recon_channels", "recon_event", "recon_inner",
-    "recon_iterations", "recon_splits", "recon_logvar_value", "recon_grad_scale", "latent_rows", "latent_event",
-    "latent_inner", "latent_iterations", "latent_splits", "beta_value", "loss_scale", "ll_scale", "rows", "ll_parts", "kl_parts",
-]  # fmt: skip
+from .tiles import SAMPLE, add_columns, first_row, kernel, load, store
 
 
 @triton.jit
@@ -61,18 +58,21 @@ def standard_normal_tiles(
     for i in range(iterations):
         m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
         mask = m < end
-        mean_tile = load(mean_ptr, mean, row * mean.row, begin, m, mask, inner, ALIGNED, DTYPE)
-        logvar_tile = load(logvar_ptr, logvar, row * logvar.row, begin, m, mask, inner, ALIGNED, DTYPE)
+        here = (begin, m, mask, inner)
+        mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
+        logvar_tile = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
         _, less_one, phi = exponentials(0.5 * logvar_tile, False)
         total += tl.fma(mean_tile, mean_tile, phi)
         if grad_mean_ptr is not None:
             to_logvar = (0.5 * weight) * expm1_of_double(less_one)
-            store(grad_mean_ptr, grad_mean, row * grad_mean.row, begin, m, mask, inner, weight * mean_tile, ALIGNED)
-            store(grad_logvar_ptr, grad_logvar, row * grad_logvar.row, begin, m, mask, inner, to_logvar, ALIGNED)
-    tl.store(kl_ptr + (row * splits + split), 0.5 * add_columns(total, ROWS, WIDTH, LANES), mask=valid)
+            store(grad_mean_ptr, grad_mean, row * grad_mean.row, here, weight * mean_tile, ALIGNED)
+            store(grad_logvar_ptr, grad_logvar, row * grad_logvar.row, here, to_logvar, ALIGNED)
+    tl.store(
+        kl_ptr + (row * splits + split), 0.5 * add_columns(total, ROWS, WIDTH, LANES), mask=valid
+    )
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@kernel
 def elbo_kernel(
     x_ptr,
     x,
@@ -132,20 +132,24 @@ def elbo_kernel(
     if program < recon_programs:
         likelihood_tiles(
             program,
-            x_ptr, x, 0, recon_ptr, recon, 0, recon_logvar_ptr, recon_logvar, 0, None, recon, 0,
-            ll_ptr, recon, 0, grad_recon_ptr, grad_recon, 0, grad_recon_logvar_ptr, grad_recon_logvar, 0,
-            recon_logvar_value, ll_scale, recon_grad_scale, recon_rows, recon_batch, recon_channels, recon_event,
-            recon_inner, recon_iterations, recon_splits,
-            SAMPLE, LOGVAR_GRADIENT, SPLIT_ROWS, RECON_ROWS, RECON_WIDTH, RECON_LANES, RECON_LANE_ALIGNED,
-            RECON_ALIGNED, DTYPE,
+            x_ptr, x, 0, recon_ptr, recon, 0, recon_logvar_ptr, recon_logvar, 0,
+            None, recon, 0, ll_ptr, recon, 0,
+            grad_recon_ptr, grad_recon, 0, grad_recon_logvar_ptr, grad_recon_logvar, 0,
+            recon_logvar_value, ll_scale, recon_grad_scale,
+            recon_rows, recon_batch, recon_channels, recon_event, recon_inner,
+            recon_iterations, recon_splits,
+            SAMPLE, LOGVAR_GRADIENT, SPLIT_ROWS,
+            RECON_ROWS, RECON_WIDTH, RECON_LANES, RECON_LANE_ALIGNED, RECON_ALIGNED, DTYPE,
         )  # fmt: skip
     else:
         if mean_ptr is not None:
             weight = from_bits(loss_scale, DTYPE) * beta_of(beta_ptr, beta_value, DTYPE)
             standard_normal_tiles(
-                program - recon_programs, mean_ptr, mean, logvar_ptr, logvar, kl_ptr, grad_mean_ptr, grad_mean,
-                grad_logvar_ptr, grad_logvar, weight, latent_rows, latent_event, latent_inner, latent_iterations,
-                latent_splits, LATENT_ROWS, LATENT_WIDTH, LATENT_LANES, LATENT_LANE_ALIGNED, LATENT_ALIGNED, DTYPE,
+                program - recon_programs,
+                mean_ptr, mean, logvar_ptr, logvar, kl_ptr,
+                grad_mean_ptr, grad_mean, grad_logvar_ptr, grad_logvar, weight,
+                latent_rows, latent_event, latent_inner, latent_iterations, latent_splits,
+                LATENT_ROWS, LATENT_WIDTH, LATENT_LANES, LATENT_LANE_ALIGNED, LATENT_ALIGNED, DTYPE,
             )  # fmt: skip
 
 
@@ -157,7 +161,7 @@ def beta_of(beta_ptr, beta_value, DTYPE: tl.constexpr):
         return from_bits(beta_value, DTYPE)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@kernel
 def elbo_finish_kernel(
     ll_parts_ptr,
     kl_parts_ptr,
@@ -176,7 +180,9 @@ def elbo_finish_kernel(
     KL_WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """ll and kl per row from their parts, and the loss per row, or its sum over the rows of each program."""
+    """ll and kl per row from their parts, and the loss per row, or its sum over the rows of each
+    program.
+    """
     program = tl.program_id(0).to(tl.int64)
     row = first_row(program, 1, ROWS)
     valid = row < rows

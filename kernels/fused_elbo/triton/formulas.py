@@ -1,8 +1,13 @@
 """exp, expm1 and phi from one range reduction, and the Gaussian formulas made of them.
 
-Everything is `tl.fma`, bit casts and comparisons: no libdevice, no inline assembly, hence the same code for NVIDIA, AMD
-and the interpreter. The dtype of the argument picks the coefficients: float32 (minimax) or float64 (Taylor).
+Everything is `tl.fma`, bit casts and comparisons: no libdevice, no inline assembly, hence the same
+code for NVIDIA, AMD and the interpreter. The dtype of the argument picks the coefficients: float32
+(minimax) or float64 (Taylor).
 """
+
+# Triton's dialect: no types, and `if` on constants decides what is compiled.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+# ruff: noqa: SIM108
 
 import math
 
@@ -11,24 +16,29 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-# ln 2 in two parts: |n| times the high part is exact, so the reduction does not lean on a fused multiply-add.
+# ln 2 in two parts: |n| times the high part is exact, so the reduction does not lean on a fused
+# multiply-add.
 _LN2_HIGH_32 = tl.constexpr(0.693145751953125)
 _LN2_LOW_32 = tl.constexpr(1.42860677e-6)
 _LN2_HIGH_64 = tl.constexpr(0.69314718036912381649)
 _LN2_LOW_64 = tl.constexpr(1.90821492927058770002e-10)
 _LN2 = tl.constexpr(0.6931471805599453)
 
-# Adding 1.5 * 2**23 (1.5 * 2**52) rounds to an integer; the exponent bias on top makes the low bits those of 2**n.
+# Adding 1.5 * 2**23 (1.5 * 2**52) rounds to an integer; the exponent bias on top makes the low bits
+# those of 2**n.
 _ROUND_BIASED_32 = tl.constexpr(12582912.0 + 127.0)
 _ROUND_BIASED_64 = tl.constexpr(6755399441055744.0 + 1023.0)
 
 # (e**r - 1 - r) / r**2, highest degree first; |r| <= ln(2) / 2.
-_EXP_32 = tl.constexpr((0.000198578025, 0.00139336067, 0.00833336078, 0.0416664667, 0.166666672, 0.5))
+_EXP_32 = tl.constexpr(
+    (0.000198578025, 0.00139336067, 0.00833336078, 0.0416664667, 0.166666672, 0.5)
+)
 _EXP_64 = tl.constexpr(tuple(1.0 / math.factorial(n) for n in range(15, 1, -1)))
 
 LOG_2PI = tl.constexpr(1.8378770664093453)
 
-# The largest |logvar / 2| for which `exponentials` needs no care at the ends of the range: 2**n stays normal.
+# The largest |logvar / 2| for which `exponentials` needs no care at the ends of the range: 2**n
+# stays normal.
 BOUNDED_HALF_LOGVAR = 86.0
 
 
@@ -48,16 +58,22 @@ def polynomial(x, coefficients: tl.constexpr):
 
 @triton.jit
 def exponentials(h, BOUNDED: tl.constexpr):
-    """e**h, e**h - 1 and phi(2 h) = e**(2 h) - 1 - 2 h, the latter without cancellation and never negative.
+    """e**h, e**h - 1 and phi(2 h) = e**(2 h) - 1 - 2 h, the latter without cancellation and never
+    negative.
 
-    BOUNDED promises |h| <= BOUNDED_HALF_LOGVAR. Otherwise e**h runs to 0 and infinity, phi to -1 - 2 h and infinity.
-    The order of operations keeps phi within 4 ulp in float32: with P = 2**n, r = h - n ln 2 and p = e**r - 1 - r,
-    phi = (P (r + p) + (P - 1))**2 + 2 (P p + ((P - 1) r + (P - 1 - n ln 2))).
+    BOUNDED promises |h| <= BOUNDED_HALF_LOGVAR. Otherwise e**h runs to 0 and infinity, phi to -1 -
+    2 h and infinity. The order of operations keeps phi within 4 ulp in float32: with P = 2**n, r =
+    h - n ln 2 and p = e**r - 1 - r, phi = (P (r + p) + (P - 1))**2 + 2 (P p + ((P - 1) r + (P - 1 -
+    n ln 2))).
     """
     if h.dtype == tl.float64:
-        biased = tl.fma(h, tl.full([], _LOG2_E, tl.float64), tl.full([], _ROUND_BIASED_64, tl.float64))
+        biased = tl.fma(
+            h, tl.full([], _LOG2_E, tl.float64), tl.full([], _ROUND_BIASED_64, tl.float64)
+        )
         if not BOUNDED:
-            biased = tl.minimum(tl.maximum(biased, _ROUND_BIASED_64 - 1023.0), _ROUND_BIASED_64 + 1023.0)
+            biased = tl.minimum(
+                tl.maximum(biased, _ROUND_BIASED_64 - 1023.0), _ROUND_BIASED_64 + 1023.0
+            )
         n = biased - _ROUND_BIASED_64
         power = (biased.to(tl.int64, bitcast=True) << 52).to(tl.float64, bitcast=True)
         r = tl.fma(n, tl.full([], -_LN2_HIGH_64, tl.float64), h)
@@ -65,12 +81,15 @@ def exponentials(h, BOUNDED: tl.constexpr):
     else:
         biased = tl.fma(h, _LOG2_E, _ROUND_BIASED_32)
         if not BOUNDED:
-            biased = tl.minimum(tl.maximum(biased, _ROUND_BIASED_32 - 127.0), _ROUND_BIASED_32 + 127.0)
+            biased = tl.minimum(
+                tl.maximum(biased, _ROUND_BIASED_32 - 127.0), _ROUND_BIASED_32 + 127.0
+            )
         n = biased - _ROUND_BIASED_32
         power = (biased.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
         r = tl.fma(n, -_LN2_HIGH_32, h)
         r = tl.fma(n, -_LN2_LOW_32, r)
-    # Below the range 2**n is 0 and r goes to minus infinity: what is multiplied by 0 must stay finite.
+    # Below the range 2**n is 0 and r goes to minus infinity: what is multiplied by 0 must stay
+    # finite.
     q = r
     if not BOUNDED:
         q = tl.maximum(r, -1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -110,5 +129,5 @@ def expm1_of_double(w):
 
 @triton.jit
 def from_bits(bits, dtype: tl.constexpr):
-    """A host double that came as the int64 with its bits: Triton passes Python floats in float32."""
+    """A host double that came as an int64 with its bits: Triton passes floats in float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)

@@ -1,10 +1,12 @@
-"""Shapes and strides, as the kernels want them: which dimensions merge, what a tensor looks like, how work is divided.
+"""Shapes and strides, as the kernels want them: which dimensions merge, what a tensor looks like,
+how work is divided.
 
 Plain Python over sizes and strides; neither Triton nor a device is needed here.
 
-Read and written in place, whatever the distance between rows: event dimensions that merge into one dense run, into one
-value (expanded), or into two dimensions with any strides: channels_last, a chunk of any dimension, expanded channels.
-A tensor whose event needs three or more dimensions next to the others' is copied.
+Read and written in place, whatever the distance between rows: event dimensions that merge into one
+dense run, into one value (expanded), or into two dimensions with any strides: channels_last, a
+chunk of any dimension, expanded channels. A tensor whose event needs three or more dimensions next
+to the others' is copied.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _MAX_PLANE = 2**31 - 2 * TILE * _MAX_ITERATIONS  # what 32-bit positions inside 
 
 
 class Layout(NamedTuple):
-    """A tensor next to its pointer: compile-time kind, and strides in elements. A tuple argument of the kernels."""
+    """A tensor next to its pointer: compile-time kind, and strides in elements. A tuple argument of
+    the kernels.
+    """
 
     kind: Any
     row: int
@@ -35,7 +39,7 @@ class Layout(NamedTuple):
 
 
 class Division(NamedTuple):
-    """How [rows, event] is divided: rows and width of a tile, tiles per program, programs per row."""
+    """Rows and width of a tile, tiles of a program, programs of a row."""
 
     rows: int
     width: int
@@ -47,16 +51,19 @@ class Division(NamedTuple):
 
 
 def lanes(dtype: torch.dtype) -> int:
-    """Elements of a noise group: one Philox counter's four normals, two counters' where eight elements are 16 bytes."""
+    """Elements of a noise group: one Philox counter's four normals, two counters' where eight
+    elements are 16 bytes.
+    """
     return 8 if dtype.itemsize == 2 else 4
 
 
 def divide(event: int, group: int) -> Division:
-    """The heuristic. It sees the event alone, so that a row's sums have the same bits in every batch.
+    """The heuristic. It sees the event alone, so that a row's sums have the same bits in every
+    batch.
 
-    Events of up to TILE elements: as many rows to a program as fill a tile, no second stage. Up to four tiles: a program
-    per row, no second stage. Above: about sixteen programs per row or more, each of 1 to 8 tiles; large events amortize
-    the round keys, small ones spread over the device.
+    Events of up to TILE elements: as many rows to a program as fill a tile, no second stage. Up to
+    four tiles: a program per row, no second stage. Above: about sixteen programs per row or more,
+    each of 1 to 8 tiles; large events amortize the round keys, small ones spread over the device.
 
     Args:
         event: elements of a row.
@@ -72,7 +79,9 @@ def divide(event: int, group: int) -> Division:
 
 
 def merge(shape: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Merges neighboring dimensions wherever every tensor's strides allow it; drops dimensions of size 1."""
+    """Merges neighboring dimensions wherever every tensor's strides allow it; drops dimensions of
+    size 1.
+    """
     sizes: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]
     for dim, size in enumerate(shape):
@@ -91,12 +100,16 @@ def merge(shape: list[int], strides: list[list[int]]) -> tuple[list[int], list[l
 
 
 def memory_order(t: Tensor) -> list[int]:
-    """The event dimensions of ``[samples, batch, *event]`` from the outermost to the innermost in memory."""
+    """The event dimensions of ``[samples, batch, *event]`` from the outermost to the innermost in
+    memory.
+    """
     return sorted(range(t.dim() - 2), key=lambda d: -t.stride(2 + d))
 
 
 class Plane(NamedTuple):
-    """Merged event dimensions: their layouts without rows, and the size of the inner dimension that PLANE divides by."""
+    """Merged event dimensions: their layouts without rows, and the size of the inner dimension that
+    PLANE divides by.
+    """
 
     inner: int
     layouts: list[Layout]
@@ -112,7 +125,7 @@ def plane(sizes: list[int], strides: list[list[int]]) -> Plane | None:
     for s in strides:
         if not any(s):
             layouts.append(Layout(CONSTANT, 0, 0, 0, 0))
-        elif len(sizes) == 1 and s[0] == 1 or len(sizes) == 2 and s[1] == 1 and s[0] == inner:
+        elif (len(sizes) == 1 and s[0] == 1) or (len(sizes) == 2 and s[1] == 1 and s[0] == inner):
             layouts.append(Layout(UNIT, 0, 0, 0, 0))
         elif event > _MAX_PLANE:
             return None
@@ -128,9 +141,9 @@ def plane(sizes: list[int], strides: list[list[int]]) -> Plane | None:
 class Arrangement(NamedTuple):
     """Tensors ``[samples, batch, *event]`` as a kernel takes them, dimensions merged.
 
-    ``rows`` are numbered over samples, batch and channels; `split` says that a kernel has to take a row's number apart.
-    ``tensors`` and ``layouts`` have the same keys; where a copy was made the copy is in ``tensors``, and ``write_back``
-    holds (output, the copy to read it from).
+    ``rows`` are numbered over samples, batch and channels; `split` says that a kernel has to take a
+    row's number apart. ``tensors`` and ``layouts`` have the same keys; where a copy was made the
+    copy is in ``tensors``, and ``write_back`` holds (output, the copy to read it from).
     """
 
     tensors: dict[str, Tensor | None]
@@ -162,14 +175,15 @@ def arrange(
     channel_dims: int = 0,
     order: list[int] | None = None,
 ) -> Arrangement:
-    """Brings tensors ``[samples, batch, *event]`` into the kernels' form, copying what does not fit.
+    """Brings tensors ``[samples, batch, *event]`` into the kernels' form, copying what does not
+    fit.
 
     Args:
         tensors: by name; None stays None. Any dimension may be expanded.
         outputs: names of tensors that are written.
         group: elements that a 16-byte access moves, or that share a noise group.
-        samples_apart: the kernel itself loops over samples, whose number may differ between tensors; rows are those of
-            one sample.
+        samples_apart: the kernel itself loops over samples, whose number may differ between
+            tensors; rows are those of one sample.
         channel_dims: leading event dimensions (after ``order``) that are numbered with the rows.
         order: a permutation of the event dimensions; None keeps them in place.
     """
@@ -204,13 +218,19 @@ def _is_simple(t: Tensor, order: list[int]) -> bool:
 
 
 def _arrange_in_place(
-    tensors: dict[str, Tensor | None], group: int, samples_apart: bool, channel_dims: int, order: list[int]
+    tensors: dict[str, Tensor | None],
+    group: int,
+    samples_apart: bool,
+    channel_dims: int,
+    order: list[int],
 ) -> Arrangement | None:
     present = {name: t for name, t in tensors.items() if t is not None}
     samples, batch, *event_shape = next(iter(present.values())).shape
     shape = [event_shape[d] for d in order]
     strides = [[t.stride(2 + d) for d in order] for t in present.values()]
-    channel_sizes, channel_strides = merge(shape[:channel_dims], [s[:channel_dims] for s in strides])
+    channel_sizes, channel_strides = merge(
+        shape[:channel_dims], [s[:channel_dims] for s in strides]
+    )
     sizes, event_strides = merge(shape[channel_dims:], [s[channel_dims:] for s in strides])
     flat = plane(sizes, event_strides)
     if flat is None or len(channel_sizes) > 1:
@@ -219,7 +239,11 @@ def _arrange_in_place(
     if samples_apart:
         samples = 1
     channels, event = math.prod(channel_sizes), math.prod(sizes)
-    joint = samples == 1 or batch == 1 or all(t.stride(0) == batch * t.stride(1) for t in present.values())
+    joint = (
+        samples == 1
+        or batch == 1
+        or all(t.stride(0) == batch * t.stride(1) for t in present.values())
+    )
     layouts, sample_strides = {}, {}
     aligned = event % group == 0
     for (name, t), layout, channel in zip(present.items(), flat.layouts, channel_strides):
@@ -247,7 +271,9 @@ def _is_aligned(tensor: Tensor, kind: int, steps: list[int], whole_groups: bool)
     """Whether every group of elements of this tensor lies at an address divisible by 16."""
     if kind in (CONSTANT, PLANE):
         return True  # read element by element in any case
-    if any(step * tensor.element_size() % 16 for step in steps) or (kind == UNIT_PLANE and not whole_groups):
+    if any(step * tensor.element_size() % 16 for step in steps) or (
+        kind == UNIT_PLANE and not whole_groups
+    ):
         return False
     start = tensor.storage_offset() * tensor.element_size() if tensor.is_meta else tensor.data_ptr()
     return start % 16 == 0

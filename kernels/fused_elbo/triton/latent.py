@@ -5,29 +5,25 @@
     KL(q || p) = 1/2 sum [phi(logvar - prior_logvar) + (mean - prior_mean)**2 exp(-prior_logvar)]
     phi(x) = exp(x) - 1 - x
 
-Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114. Forward reads mean and logvar and writes z: 12
-bytes per float32 element. Backward draws eps again and moves 20. What is absent (prior, clamp, z, KL, samples) is absent
-from the compiled code: one kernel, compile-time policies.
+Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114. Forward reads mean and
+logvar and writes z: 12 bytes per float32 element. Backward draws eps again and moves 20. What is
+absent (prior, clamp, z, KL, samples) is absent from the compiled code: one kernel, compile-time
+policies.
 
-A row is processed in groups of LANES elements that begin where the flat index of the noise contract is a multiple of
-LANES, so that each Philox counter is computed once. Where LANES does not divide the event, a row's first group starts up
-to LANES - 1 elements before the row.
+A row is processed in groups of LANES elements that begin where the flat index of the noise contract
+is a multiple of LANES, so that each Philox counter is computed once. Where LANES does not divide
+the event, a row's first group starts up to LANES - 1 elements before the row.
 """
+
+# Triton's dialect: no types, and `if` on constants decides what is compiled.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 import triton
 import triton.language as tl
 
-from .formulas import clamp, exponential, exponentials, expm1_of_double, from_bits
+from .formulas import clamp, expm1_of_double, exponential, exponentials, from_bits
 from .noise import load_key, normals
-from .tiles import CONSTANT, NONE, OFF, SAMPLE, TOTAL, add_columns, first_row, load, store
-
-# Which variant runs is decided by the launcher alone: not by the alignment or the value of any argument.
-_NOT_SPECIALIZED = [
-    "mean_ptr", "logvar_ptr", "prior_mean_ptr", "prior_logvar_ptr", "z_ptr", "kl_ptr", "grad_z_ptr", "grad_kl_ptr",
-    "grad_mean_ptr", "grad_logvar_ptr", "grad_prior_mean_ptr", "grad_prior_logvar_ptr", "seed_ptr",
-    "seed_value", "stream", "row_offset", "samples", "z_sample", "grad_z_sample", "rows", "event", "inner",
-    "iterations", "splits", "clamp_min", "clamp_max", "kl_scale",
-]  # fmt: skip
+from .tiles import CONSTANT, NONE, OFF, SAMPLE, TOTAL, add_columns, first_row, kernel, load, store
 
 
 @triton.jit
@@ -43,7 +39,8 @@ def locate(
     LANES: tl.constexpr,
     LANE_ALIGNED: tl.constexpr,
 ):
-    """Where a program works: its rows, the event element and noise group it begins at, and the valid range of m.
+    """Where a program works: its rows, the event element and noise group it begins at, and the
+    valid range of m.
 
     All are [ROWS, 1]: row and begin int64, group uint64, low and high int32.
     """
@@ -62,7 +59,9 @@ def locate(
 
 @triton.jit
 def inside(m, low, high, LANES: tl.constexpr, LANE_ALIGNED: tl.constexpr):
-    """Which elements of a tile exist. Where LANES divides the event, whole groups do or do not: one predicate each."""
+    """Which elements of a tile exist. Where LANES divides the event, whole groups do or do not: one
+    predicate each.
+    """
     if LANE_ALIGNED:
         # Rounding what is a multiple already tells the compiler so.
         return m < (high // LANES) * LANES
@@ -77,7 +76,7 @@ def noise_groups(group, i, WIDTH: tl.constexpr, LANES: tl.constexpr):
     return group + (i * PER_TILE + tl.arange(0, PER_TILE)[None, :]).to(tl.uint64)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@kernel
 def latent_forward_kernel(
     mean_ptr,
     mean,
@@ -116,14 +115,15 @@ def latent_forward_kernel(
     ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """z, and the KL per element, or its sums per program: [rows, splits] for SAMPLE, [programs] for TOTAL."""
+    """z, and the KL per element, or its sums per program: [rows, splits] for SAMPLE, [programs] for
+    TOTAL.
+    """
     program = tl.program_id(0).to(tl.int64)
     row, begin, group, low, high = locate(
         program, row_offset, rows, event, iterations, splits, ROWS, WIDTH, LANES, LANE_ALIGNED
     )
     if z_ptr is not None:
-        key_low, key_high = load_key(seed_ptr, seed_value)
-        stream_word = stream.to(tl.uint32)
+        key = load_key(seed_ptr, seed_value, stream)
     if CLAMP:
         lowest = from_bits(clamp_min, DTYPE)
         highest = from_bits(clamp_max, DTYPE)
@@ -133,23 +133,28 @@ def latent_forward_kernel(
     for i in range(iterations):
         m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
         mask = inside(m, low, high, LANES, LANE_ALIGNED)
-        mean_tile = load(mean_ptr, mean, row * mean.row, begin, m, mask, inner, ALIGNED, DTYPE)
-        logvar_tile = load(logvar_ptr, logvar, row * logvar.row, begin, m, mask, inner, ALIGNED, DTYPE)
+        here = (begin, m, mask, inner)
+        mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
+        logvar_tile = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
         if CLAMP:
             logvar_tile = clamp(logvar_tile, lowest, highest)
         std, _, phi = exponentials(0.5 * logvar_tile, BOUNDED)
 
         if REDUCTION != OFF:
             if prior_mean_ptr is not None:
-                prior_mean_tile = load(prior_mean_ptr, prior_mean, row * prior_mean.row, begin, m, mask, inner, ALIGNED, DTYPE)
-                prior_logvar_tile = load(prior_logvar_ptr, prior_logvar, row * prior_logvar.row, begin, m, mask, inner, ALIGNED, DTYPE)
+                prior_mean_tile = load(
+                    prior_mean_ptr, prior_mean, row * prior_mean.row, here, ALIGNED, DTYPE
+                )
+                prior_logvar_tile = load(
+                    prior_logvar_ptr, prior_logvar, row * prior_logvar.row, here, ALIGNED, DTYPE
+                )
                 _, _, phi = exponentials(0.5 * (logvar_tile - prior_logvar_tile), False)
                 distance = mean_tile - prior_mean_tile
                 nats = tl.fma(distance * distance, exponential(-prior_logvar_tile), phi)
             else:
                 nats = tl.fma(mean_tile, mean_tile, phi)
             if REDUCTION == NONE:
-                store(kl_ptr, kl, row * kl.row, begin, m, mask, inner, scale * nats, ALIGNED)
+                store(kl_ptr, kl, row * kl.row, here, scale * nats, ALIGNED)
             elif CLAMP:
                 total += tl.where(mask, nats, 0.0)
             else:
@@ -160,22 +165,25 @@ def latent_forward_kernel(
             if MANY_SAMPLES:
                 for k in range(samples):
                     index = k + tl.full([], 0, tl.int64)  # a tensor under the interpreter too
-                    eps = normals(groups, index.to(tl.uint32), stream_word, key_low, key_high, ROWS, WIDTH, LANES, DTYPE)
+                    eps = normals(groups, index.to(tl.uint32), key, ROWS, WIDTH, LANES, DTYPE)
                     sample_row = index * z_sample + row * z.row
-                    store(z_ptr, z, sample_row, begin, m, mask, inner, tl.fma(std, eps, mean_tile), ALIGNED)
+                    store(z_ptr, z, sample_row, here, tl.fma(std, eps, mean_tile), ALIGNED)
             else:
                 first = tl.full([], 0, tl.uint32)
-                eps = normals(groups, first, stream_word, key_low, key_high, ROWS, WIDTH, LANES, DTYPE)
-                store(z_ptr, z, row * z.row, begin, m, mask, inner, tl.fma(std, eps, mean_tile), ALIGNED)
+                eps = normals(groups, first, key, ROWS, WIDTH, LANES, DTYPE)
+                store(z_ptr, z, row * z.row, here, tl.fma(std, eps, mean_tile), ALIGNED)
 
     if REDUCTION == SAMPLE:
         per_row = add_columns(total, ROWS, WIDTH, LANES) * scale
         tl.store(kl_ptr + (row * splits + program % splits), per_row, mask=row < rows)
     elif REDUCTION == TOTAL:
-        tl.store(kl_ptr + program, tl.sum(tl.sum(add_columns(total, ROWS, WIDTH, LANES), axis=1), axis=0) * scale)
+        tl.store(
+            kl_ptr + program,
+            tl.sum(tl.sum(add_columns(total, ROWS, WIDTH, LANES), axis=1), axis=0) * scale,
+        )
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@kernel
 def latent_backward_kernel(
     mean_ptr,
     mean,
@@ -221,14 +229,15 @@ def latent_backward_kernel(
     ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The gradients of mean, logvar and the prior from grad_z and grad_kl, either of which may be absent."""
+    """The gradients of mean, logvar and the prior from grad_z and grad_kl, either of which may be
+    absent.
+    """
     program = tl.program_id(0).to(tl.int64)
     row, begin, group, low, high = locate(
         program, row_offset, rows, event, iterations, splits, ROWS, WIDTH, LANES, LANE_ALIGNED
     )
     if grad_z_ptr is not None:
-        key_low, key_high = load_key(seed_ptr, seed_value)
-        stream_word = stream.to(tl.uint32)
+        key = load_key(seed_ptr, seed_value, stream)
     if CLAMP:
         lowest = from_bits(clamp_min, DTYPE)
         highest = from_bits(clamp_max, DTYPE)
@@ -240,7 +249,8 @@ def latent_backward_kernel(
     for i in range(iterations):
         m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
         mask = inside(m, low, high, LANES, LANE_ALIGNED)
-        raw_logvar = load(logvar_ptr, logvar, row * logvar.row, begin, m, mask, inner, ALIGNED, DTYPE)
+        here = (begin, m, mask, inner)
+        raw_logvar = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
         logvar_tile = raw_logvar
         if CLAMP:
             logvar_tile = clamp(raw_logvar, lowest, highest)
@@ -253,26 +263,30 @@ def latent_backward_kernel(
             if MANY_SAMPLES:
                 for k in range(samples):
                     index = k + tl.full([], 0, tl.int64)  # a tensor under the interpreter too
-                    eps = normals(groups, index.to(tl.uint32), stream_word, key_low, key_high, ROWS, WIDTH, LANES, DTYPE)
+                    eps = normals(groups, index.to(tl.uint32), key, ROWS, WIDTH, LANES, DTYPE)
                     sample_row = index * grad_z_sample + row * grad_z.row
-                    upstream = load(grad_z_ptr, grad_z, sample_row, begin, m, mask, inner, ALIGNED, DTYPE)
+                    upstream = load(grad_z_ptr, grad_z, sample_row, here, ALIGNED, DTYPE)
                     to_mean += upstream
                     to_logvar = tl.fma(upstream, eps, to_logvar)
             else:
                 first = tl.full([], 0, tl.uint32)
-                eps = normals(groups, first, stream_word, key_low, key_high, ROWS, WIDTH, LANES, DTYPE)
-                to_mean = load(grad_z_ptr, grad_z, row * grad_z.row, begin, m, mask, inner, ALIGNED, DTYPE)
+                eps = normals(groups, first, key, ROWS, WIDTH, LANES, DTYPE)
+                to_mean = load(grad_z_ptr, grad_z, row * grad_z.row, here, ALIGNED, DTYPE)
                 to_logvar = to_mean * eps
             to_logvar = (0.5 * std) * to_logvar
 
         if grad_kl_ptr is not None:
             weight = g
             if grad_kl.kind != CONSTANT:
-                weight *= load(grad_kl_ptr, grad_kl, row * grad_kl.row, begin, m, mask, inner, ALIGNED, DTYPE)
-            mean_tile = load(mean_ptr, mean, row * mean.row, begin, m, mask, inner, ALIGNED, DTYPE)
+                weight *= load(grad_kl_ptr, grad_kl, row * grad_kl.row, here, ALIGNED, DTYPE)
+            mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
             if prior_mean_ptr is not None:
-                prior_mean_tile = load(prior_mean_ptr, prior_mean, row * prior_mean.row, begin, m, mask, inner, ALIGNED, DTYPE)
-                prior_logvar_tile = load(prior_logvar_ptr, prior_logvar, row * prior_logvar.row, begin, m, mask, inner, ALIGNED, DTYPE)
+                prior_mean_tile = load(
+                    prior_mean_ptr, prior_mean, row * prior_mean.row, here, ALIGNED, DTYPE
+                )
+                prior_logvar_tile = load(
+                    prior_logvar_ptr, prior_logvar, row * prior_logvar.row, here, ALIGNED, DTYPE
+                )
                 distance = mean_tile - prior_mean_tile
                 pull = distance * exponential(-prior_logvar_tile)
                 _, less_one, _ = exponentials(0.5 * (logvar_tile - prior_logvar_tile), False)
@@ -284,10 +298,24 @@ def latent_backward_kernel(
             to_logvar = tl.fma(0.5 * weight, excess, to_logvar)
             if grad_prior_mean_ptr is not None:
                 to_prior_logvar = (-0.5 * weight) * tl.fma(distance, pull, excess)
-                store(grad_prior_mean_ptr, grad_prior_mean, row * grad_prior_mean.row, begin, m, mask, inner, -weight * pull, ALIGNED)
-                store(grad_prior_logvar_ptr, grad_prior_logvar, row * grad_prior_logvar.row, begin, m, mask, inner, to_prior_logvar, ALIGNED)
+                store(
+                    grad_prior_mean_ptr,
+                    grad_prior_mean,
+                    row * grad_prior_mean.row,
+                    here,
+                    -weight * pull,
+                    ALIGNED,
+                )
+                store(
+                    grad_prior_logvar_ptr,
+                    grad_prior_logvar,
+                    row * grad_prior_logvar.row,
+                    here,
+                    to_prior_logvar,
+                    ALIGNED,
+                )
 
         if CLAMP:
             to_logvar = tl.where((raw_logvar >= lowest) & (raw_logvar <= highest), to_logvar, 0.0)
-        store(grad_mean_ptr, grad_mean, row * grad_mean.row, begin, m, mask, inner, to_mean, ALIGNED)
-        store(grad_logvar_ptr, grad_logvar, row * grad_logvar.row, begin, m, mask, inner, to_logvar, ALIGNED)
+        store(grad_mean_ptr, grad_mean, row * grad_mean.row, here, to_mean, ALIGNED)
+        store(grad_logvar_ptr, grad_logvar, row * grad_logvar.row, here, to_logvar, ALIGNED)

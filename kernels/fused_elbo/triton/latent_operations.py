@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -97,8 +95,8 @@ def latent_backward(
     want_prior: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor, Tensor] = FAKES["latent_backward"](
-        mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, seed_value, stream, row_offset, num_samples,
-        chunk_dim, clamp_min, clamp_max, reduction, want_prior,
+        mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, seed_value, stream,
+        row_offset, num_samples, chunk_dim, clamp_min, clamp_max, reduction, want_prior,
     )  # fmt: skip
     if mean.numel() == 0:
         return grads
@@ -108,7 +106,9 @@ def latent_backward(
     if reduction == OFF:
         grad_kl = None
     elif grad_kl is not None and reduction != NONE:
-        grad_kl = grad_kl.reshape(grad_kl.shape + (1,) * (mean.dim() - grad_kl.dim())).expand(mean.shape)
+        grad_kl = grad_kl.reshape(grad_kl.shape + (1,) * (mean.dim() - grad_kl.dim())).expand(
+            mean.shape
+        )
     if grad_z is not None and not num_samples:
         grad_z = grad_z[None]
 
@@ -166,10 +166,10 @@ def _numbers(
     arranged: Arrangement,
     division: Division,
     seed: Tensor | None,
-    seed_value: int,
-    stream: int,
-    row_offset: int,
-    num_samples: int,
+    seed_value: int = 0,
+    stream: int = 0,
+    row_offset: int = 0,
+    num_samples: int = 0,
 ) -> dict[str, object]:
     return {
         "seed_ptr": seed,
@@ -191,7 +191,9 @@ def _clamp(lowest: float, highest: float) -> dict[str, object]:
         "clamp_min": bits(lowest),
         "clamp_max": bits(highest),
         "CLAMP": clamp,
-        "BOUNDED": clamp and -2 * BOUNDED_HALF_LOGVAR <= lowest and highest <= 2 * BOUNDED_HALF_LOGVAR,
+        "BOUNDED": clamp
+        and lowest >= -2 * BOUNDED_HALF_LOGVAR
+        and highest <= 2 * BOUNDED_HALF_LOGVAR,
     }
 
 
@@ -212,18 +214,15 @@ def fold_seed(seed: Tensor, data: int) -> Tensor:
     return out
 
 
-def noise_words(
-    seed: Tensor | None, seed_value: int, stream: int, sample: int, first: int, count: int, device: torch.device
-) -> Tensor:
-    words = torch.empty((count, 4), dtype=torch.int64, device=device)
+def noise_words(seed: Tensor, stream: int, sample: int, first: int, count: int) -> Tensor:
+    words = seed.new_empty((count, 4))
     if count:
         launch(
             noise_words_kernel,
             -(-count // _WORDS_BLOCK),
-            words.device,
+            seed.device,
             seed_ptr=seed,
             words_ptr=words,
-            seed_value=seed_value,
             stream=stream,
             sample=sample,
             first=first,

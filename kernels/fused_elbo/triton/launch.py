@@ -1,4 +1,8 @@
-"""Launching: one place through which every kernel goes, so that the same calls can run, warm up or compile ahead of time."""
+"""Launching: one place through which every kernel goes, so that the same calls can run, warm up or
+compile ahead of time.
+"""
+
+# mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -24,8 +27,8 @@ _WAVE = 64  # AMD's data-center GPUs
 def options(warp_size: int) -> dict[str, Any]:
     """Compile options of every kernel, for the device's warp size.
 
-    Fusion is written out with `tl.fma` and never left to the compiler: the same bits in every variant, and Triton's default
-    has changed between releases.
+    Fusion is written out with `tl.fma` and never left to the compiler: the same bits in every
+    variant, and Triton's default has changed between releases.
     """
     return {"num_warps": geometry.THREADS // warp_size, "num_stages": 1, "enable_fp_fusion": False}
 
@@ -53,7 +56,9 @@ _recorder: list[Launch] | None = None
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collects launches instead of running them. Use tensors on the meta device, so that nothing is allocated."""
+    """Collects launches instead of running them. Use tensors on the meta device, so that nothing is
+    allocated.
+    """
     global _recorder
     previous, _recorder = _recorder, []
     try:
@@ -74,7 +79,9 @@ def launch(kernel: Any, programs: int, device: torch.device, **args: Any) -> Non
 
 
 def bits(value: float) -> int:
-    """The bits of a double as an int64: how a number reaches a kernel without being rounded to float32."""
+    """The bits of a double as an int64: how a number reaches a kernel without being rounded to
+    float32.
+    """
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
@@ -140,7 +147,9 @@ def add_all(parts: Tensor, out: Tensor) -> None:
 
 
 class Sums:
-    """Where the sums of a kernel go: straight to the output where one program has them whole, else by a second stage."""
+    """Where the sums of a kernel go: straight to the output where one program has them whole, else
+    by a second stage.
+    """
 
     def __init__(self, out: Tensor, reduction: int, rows: int, division: geometry.Division) -> None:
         """``rows`` are the kernel's; several of them may make one value of ``out``."""

@@ -1,4 +1,6 @@
-"""Registers the operations in the namespace ``fused_elbo_triton``; `fused_elbo.ops` adds shapes and autograd."""
+"""Registers the operations in the namespace ``fused_elbo_triton``; `fused_elbo.ops` adds shapes and
+autograd.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _library: torch.library.Library | None = None  # collected, it would take the op
 
 @functools.cache
 def register() -> None:
-    """Defines every raw operation for CUDA and ROCm tensors, and for CPU tensors under the interpreter. Imports Triton."""
+    """Defines every raw operation for CUDA and ROCm tensors, and for CPU tensors under the
+    interpreter. Imports Triton.
+    """
     global _library
     from . import latent_operations, likelihood_operations
 
@@ -24,8 +28,5 @@ def register() -> None:
     for name, schema in SCHEMAS.items():
         module = latent_operations if hasattr(latent_operations, name) else likelihood_operations
         _library.define(name + schema)
-        if name == "noise_words":  # without a seed tensor, only the device argument says where to run
-            _library.impl(name, module.noise_words, "CompositeExplicitAutograd")
-            continue
         for key in keys:
             _library.impl(name, getattr(module, name), key)

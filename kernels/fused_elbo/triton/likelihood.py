@@ -2,28 +2,27 @@
 
     log N(x; mean, exp(logvar)) = -1/2 [(x - mean)**2 exp(-logvar) + logvar + ln 2 pi]
 
-A "row" here is what shares one value in the sums: a sample, or a channel of a sample where logvar is constant over the
-rest of the event. Then the gradient of logvar is one number per row and program, and the log-likelihood of a sample is
-summed over its channels in the second stage. Rows are numbered over [samples, batch, channels].
+A "row" here is what shares one value in the sums: a sample, or a channel of a sample where logvar
+is constant over the rest of the event. Then the gradient of logvar is one number per row and
+program, and the log-likelihood of a sample is summed over its channels in the second stage. Rows
+are numbered over [samples, batch, channels].
 """
+
+# Triton's dialect: no types, and `if` on constants decides what is compiled.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+# ruff: noqa: SIM102, SIM109
 
 import triton
 import triton.language as tl
 
 from . import geometry
 from .formulas import LOG_2PI, exponential, from_bits
-from .tiles import CONSTANT, NONE, SAMPLE, TOTAL, add_columns, first_row, load, store
+from .tiles import CONSTANT, NONE, SAMPLE, TOTAL, add_columns, first_row, kernel, load, store
 
 # What becomes of the gradient of logvar.
 NOT_WANTED = tl.constexpr(geometry.NOT_WANTED)
 PER_ELEMENT = tl.constexpr(geometry.PER_ELEMENT)
 PER_ROW = tl.constexpr(geometry.PER_ROW)
-
-_NOT_SPECIALIZED = [
-    "x_ptr", "mean_ptr", "logvar_ptr", "grad_ptr", "ll_ptr", "grad_mean_ptr", "grad_logvar_ptr",
-    "x_sample", "mean_sample", "logvar_sample", "grad_sample", "ll_sample", "grad_mean_sample", "grad_logvar_sample",
-    "logvar_value", "ll_scale", "grad_scale", "rows", "batch", "channels", "event", "inner", "iterations", "splits",
-]  # fmt: skip
 
 
 @triton.jit
@@ -76,7 +75,9 @@ def likelihood_tiles(
     ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """What one program does. An absent (None) pointer is neither read nor written; grad absent stands for 1."""
+    """What one program does. An absent (None) pointer is neither read nor written; grad absent
+    stands for 1.
+    """
     row = first_row(program, splits, ROWS)
     if SPLIT_ROWS:
         outer = row // channels
@@ -122,20 +123,21 @@ def likelihood_tiles(
     for i in range(iterations):
         m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
         mask = m < end
-        x_tile = load(x_ptr, x, x_row, begin, m, mask, inner, ALIGNED, DTYPE)
-        mean_tile = load(mean_ptr, mean, mean_row, begin, m, mask, inner, ALIGNED, DTYPE)
+        here = (begin, m, mask, inner)
+        x_tile = load(x_ptr, x, x_row, here, ALIGNED, DTYPE)
+        mean_tile = load(mean_ptr, mean, mean_row, here, ALIGNED, DTYPE)
         residual = x_tile - mean_tile
         if ROW_VARIANCE:
             tile_log_variance = log_variance
             tile_inverse = inverse
         else:
-            tile_log_variance = load(logvar_ptr, logvar, logvar_row, begin, m, mask, inner, ALIGNED, DTYPE)
+            tile_log_variance = load(logvar_ptr, logvar, logvar_row, here, ALIGNED, DTYPE)
             tile_inverse = exponential(-tile_log_variance)
         scaled = residual * tile_inverse
 
         if REDUCTION == NONE:
             nats = -0.5 * tl.fma(residual, scaled, tile_log_variance + LOG_2PI)
-            store(ll_ptr, ll, ll_row, begin, m, mask, inner, nats, ALIGNED)
+            store(ll_ptr, ll, ll_row, here, nats, ALIGNED)
         elif ll_ptr is not None:
             if ROW_VARIANCE:
                 total = tl.fma(residual, residual, total)
@@ -145,13 +147,13 @@ def likelihood_tiles(
         weight = upstream
         if grad_ptr is not None:
             if grad.kind != CONSTANT:
-                weight *= load(grad_ptr, grad, grad_row, begin, m, mask, inner, ALIGNED, DTYPE)
+                weight *= load(grad_ptr, grad, grad_row, here, ALIGNED, DTYPE)
         if grad_mean_ptr is not None:
-            store(grad_mean_ptr, grad_mean, grad_mean_row, begin, m, mask, inner, weight * scaled, ALIGNED)
+            store(grad_mean_ptr, grad_mean, grad_mean_row, here, weight * scaled, ALIGNED)
         if LOGVAR_GRADIENT != NOT_WANTED:
             to_logvar = (0.5 * weight) * tl.fma(residual, scaled, -1.0)
             if LOGVAR_GRADIENT == PER_ELEMENT:
-                store(grad_logvar_ptr, grad_logvar, grad_logvar_row, begin, m, mask, inner, to_logvar, ALIGNED)
+                store(grad_logvar_ptr, grad_logvar, grad_logvar_row, here, to_logvar, ALIGNED)
             else:
                 total_to_logvar += tl.where(mask, to_logvar, 0.0)
 
@@ -159,7 +161,9 @@ def likelihood_tiles(
         # Masked elements were loaded as 0 and added nothing; the constants count those that exist.
         sums = add_columns(total, ROWS, WIDTH, LANES)
         if ROW_VARIANCE:
-            sums = tl.where(valid, tl.fma(sums, inverse, count.to(DTYPE) * (log_variance + LOG_2PI)), 0.0)
+            sums = tl.where(
+                valid, tl.fma(sums, inverse, count.to(DTYPE) * (log_variance + LOG_2PI)), 0.0
+            )
         else:
             sums = tl.fma(count.to(DTYPE), LOG_2PI, sums)
         sums *= -0.5 * from_bits(ll_scale, DTYPE)
@@ -172,7 +176,7 @@ def likelihood_tiles(
         tl.store(grad_logvar_ptr + (row * splits + split), sums, mask=valid)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@kernel
 def likelihood_kernel(
     x_ptr,
     x,
@@ -215,12 +219,17 @@ def likelihood_kernel(
     ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The log-likelihood, its gradients, or both: per element, or summed per program as in `latent_forward_kernel`."""
+    """The log-likelihood, its gradients, or both: per element, or summed per program as in
+    `latent_forward_kernel`.
+    """
     likelihood_tiles(
         tl.program_id(0).to(tl.int64),
         x_ptr, x, x_sample, mean_ptr, mean, mean_sample, logvar_ptr, logvar, logvar_sample,
-        grad_ptr, grad, grad_sample, ll_ptr, ll, ll_sample, grad_mean_ptr, grad_mean, grad_mean_sample,
-        grad_logvar_ptr, grad_logvar, grad_logvar_sample, logvar_value, ll_scale, grad_scale,
+        grad_ptr, grad, grad_sample, ll_ptr, ll, ll_sample,
+        grad_mean_ptr, grad_mean, grad_mean_sample,
+        grad_logvar_ptr, grad_logvar, grad_logvar_sample,
+        logvar_value, ll_scale, grad_scale,
         rows, batch, channels, event, inner, iterations, splits,
-        REDUCTION, LOGVAR_GRADIENT, SPLIT_ROWS, ROWS, WIDTH, LANES, LANE_ALIGNED, ALIGNED, DTYPE,
+        REDUCTION, LOGVAR_GRADIENT, SPLIT_ROWS,
+        ROWS, WIDTH, LANES, LANE_ALIGNED, ALIGNED, DTYPE,
     )  # fmt: skip

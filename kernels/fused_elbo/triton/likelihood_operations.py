@@ -1,4 +1,6 @@
-"""The raw operations that contain a likelihood: outputs allocated, arguments laid out, kernels launched."""
+"""The raw operations that contain a likelihood: outputs allocated, arguments laid out, kernels
+launched.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,22 @@ from ..reference import accumulate_dtype
 from ..schemas import BATCHMEAN, FAKES, NONE, OFF, SAMPLE, nats_like
 from .elbo import elbo_finish_kernel, elbo_kernel
 from .geometry import ABSENT, NOT_WANTED, PER_ELEMENT, PER_ROW, arrange, divide, lanes, memory_order
-from .launch import Sums, add_all, bits, empty_sum, kernel_reduction, launch, operand, row_tile, triton_dtype
+from .launch import (
+    Sums,
+    add_all,
+    bits,
+    empty_sum,
+    kernel_reduction,
+    launch,
+    operand,
+    row_tile,
+    triton_dtype,
+)
 from .likelihood import likelihood_kernel
 
-_MIN_SHARED_RUN = 32  # elements that share a variance, from which on they are worth a row of their own
+_MIN_SHARED_RUN = (
+    32  # elements that share a variance, from which on they are worth a row of their own
+)
 
 
 class _Likelihood:
@@ -33,7 +47,9 @@ class _Likelihood:
         grad_mean: Tensor | None = None,
         grad_logvar: Tensor | None = None,
     ) -> None:
-        """``ll`` is given where it is wanted per element; all but logvar and its gradient have the shape of mean."""
+        """``ll`` is given where it is wanted per element; all but logvar and its gradient have the
+        shape of mean.
+        """
         self.device, self.dtype = mean.device, accumulate_dtype(mean.dtype)
         self.squeeze = batch_dims == 1
         self.logvar, self.grad_logvar = logvar, grad_logvar
@@ -43,7 +59,9 @@ class _Likelihood:
         self.order = memory_order(self._lead(mean))
         self.channel_dims, shared = self._channels()
         self.gradient = NOT_WANTED if grad_logvar is None else PER_ROW if shared else PER_ELEMENT
-        self.buffer: Tensor | None = None  # a gradient per element, where logvar broadcasts in a way that rows do not have
+        self.buffer: Tensor | None = (
+            None  # a gradient per element, where logvar broadcasts in a way that rows do not have
+        )
         target = None
         if grad_logvar is not None and not shared:
             if grad_logvar.numel() == mean.numel():
@@ -77,7 +95,9 @@ class _Likelihood:
         return t[None] if self.squeeze else t
 
     def _channels(self) -> tuple[int, bool]:
-        """How many event dimensions number rows, and whether logvar is one value over each row's event by its shape."""
+        """How many event dimensions number rows, and whether logvar is one value over each row's
+        event by its shape.
+        """
         if self.logvar is None:
             return 0, False
         event = self.shape[2:]
@@ -123,7 +143,9 @@ class _Likelihood:
         }
 
     def finish(self) -> None:
-        """Sums the gradient of logvar over what logvar broadcasts over, and copies back what had to be copied."""
+        """Sums the gradient of logvar over what logvar broadcasts over, and copies back what had to
+        be copied.
+        """
         self.arranged.finish()
         if self.logvar is None or self.grad_logvar is None:
             return
@@ -142,13 +164,20 @@ class _Likelihood:
 
 
 def likelihood_forward(
-    x: Tensor, mean: Tensor, logvar: Tensor | None, logvar_value: float, batch_dims: int, reduction: int
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor | None,
+    logvar_value: float,
+    batch_dims: int,
+    reduction: int,
 ) -> Tensor:
     ll = nats_like(mean, batch_dims, reduction)
     rows = math.prod(mean.shape[:batch_dims])
     if mean.numel() == 0:
         return empty_sum(ll, rows, reduction)
-    plan = _Likelihood(x, mean, logvar, logvar_value, batch_dims, ll=ll if reduction == NONE else None)
+    plan = _Likelihood(
+        x, mean, logvar, logvar_value, batch_dims, ll=ll if reduction == NONE else None
+    )
     sums = Sums(ll, reduction, plan.arranged.rows, plan.division)
     _launch(plan, reduction, sums.parts, ll_scale=1.0 / rows if reduction == BATCHMEAN else 1.0)
     sums.finish()
@@ -168,7 +197,9 @@ def likelihood_backward(
     want_logvar: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_mean = torch.empty_like(mean) if want_mean else mean.new_empty(0)
-    grad_logvar = logvar.new_empty(logvar.shape) if want_logvar and logvar is not None else mean.new_empty(0)
+    grad_logvar = (
+        logvar.new_empty(logvar.shape) if want_logvar and logvar is not None else mean.new_empty(0)
+    )
     if mean.numel() == 0:
         return grad_mean, grad_logvar.zero_()
     if reduction != NONE:
@@ -190,7 +221,11 @@ def likelihood_backward(
 
 
 def _launch(
-    plan: _Likelihood, reduction: int, ll: Tensor | None, ll_scale: float = 1.0, grad_scale: float = 1.0
+    plan: _Likelihood,
+    reduction: int,
+    ll: Tensor | None,
+    ll_scale: float = 1.0,
+    grad_scale: float = 1.0,
 ) -> None:
     arguments: dict[str, Any] = {}
     for name, tensor in plan.pointers(ll).items():
@@ -227,7 +262,17 @@ def elbo_forward(
     want_grads: bool,
 ) -> tuple[Tensor, ...]:
     outputs: tuple[Tensor, ...] = FAKES["elbo_forward"](
-        recon_x, x, recon_logvar, recon_logvar_value, mean, logvar, kl, beta, beta_value, reduction, want_grads
+        recon_x,
+        x,
+        recon_logvar,
+        recon_logvar_value,
+        mean,
+        logvar,
+        kl,
+        beta,
+        beta_value,
+        reduction,
+        want_grads,
     )
     loss, ll_out, kl_out, grad_recon, grad_recon_logvar, grad_mean, grad_logvar = outputs
     rows = ll_out.shape[0]
@@ -264,7 +309,11 @@ def elbo_forward(
     division = divide(0 if latent is None else latent.event, 1)
     recon_programs = recon.programs if recon_x.numel() else 0
     latent_programs = 0 if latent is None else division.programs(rows)
-    ll_parts = loss.new_empty(recon.arranged.rows * recon.division.splits) if recon_programs else loss.new_zeros(rows)
+    ll_parts = (
+        loss.new_empty(recon.arranged.rows * recon.division.splits)
+        if recon_programs
+        else loss.new_zeros(rows)
+    )
     if latent_programs:
         kl_parts = loss.new_empty(rows * division.splits)
     else:
@@ -272,13 +321,20 @@ def elbo_forward(
 
     if recon_programs + latent_programs:
         arguments: dict[str, Any] = {}
-        names = {"x": "x", "mean": "recon", "logvar": "recon_logvar", "grad_mean": "grad_recon",
-                 "grad_logvar": "grad_recon_logvar"}  # fmt: skip
+        names = {
+            "x": "x",
+            "mean": "recon",
+            "logvar": "recon_logvar",
+            "grad_mean": "grad_recon",
+            "grad_logvar": "grad_recon_logvar",
+        }
         pointers = recon.pointers(None)
         for name, here in names.items():
             arguments.update(operand(here, pointers[name], recon.arranged.layouts[name]))
         for name in ("mean", "logvar", "grad_mean", "grad_logvar"):
-            tensor, layout = (None, ABSENT) if latent is None else (latent.tensors[name], latent.layouts[name])
+            tensor, layout = (
+                (None, ABSENT) if latent is None else (latent.tensors[name], latent.layouts[name])
+            )
             arguments.update(operand(name, tensor, layout))
         latent_lanes = recon.lanes if mean is None else lanes(mean.dtype)
         launch(

@@ -1,8 +1,12 @@
 """The noise contract on the GPU: Philox4x32-10 words and Box-Muller normals, in memory order.
 
-Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. Every counter gives four words and so four
-normals; `tl.join` and `tl.reshape` put them next to each other inside one thread, which moves no data.
+Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. Every counter gives
+four words and so four normals; `tl.join` and `tl.reshape` put them next to each other inside one
+thread, which moves no data.
 """
+
+# Triton's dialect: no types, and `if` on constants decides what is compiled.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 
 import math
 
@@ -10,21 +14,34 @@ import triton
 import triton.language as tl
 
 from .formulas import polynomial
+from .tiles import kernel
 
 _SQRT_2 = math.sqrt(2.0)
-_ROUND_32 = tl.constexpr(12582912.0)  # adding it rounds to an integer, whose lowest bit is that of the sum
+_ROUND_32 = tl.constexpr(
+    12582912.0
+)  # adding it rounds to an integer, whose lowest bit is that of the sum
 _ROUND_64 = tl.constexpr(6755399441055744.0)
 
 # (ln(1 + t) - t) / t**2 on [sqrt(1/2) - 1, sqrt(2) - 1], highest degree first.
 _LOG_32 = tl.constexpr(
-    (0.087348409, -0.143075213, 0.149179742, -0.165705085, 0.199620724, -0.250017554, 0.333339512, -0.499999911)
+    (
+        0.087348409,
+        -0.143075213,
+        0.149179742,
+        -0.165705085,
+        0.199620724,
+        -0.250017554,
+        0.333339512,
+        -0.499999911,
+    )
 )
 _LN2_PER_EXPONENT_BIT_32 = tl.constexpr(math.log(2.0) * 2.0**-23)
 # (atanh(s) / s - 1) / s**2 in powers of s**2
 _ATANH_64 = tl.constexpr(tuple(1.0 / n for n in range(27, 1, -2)))
 _LN2_PER_EXPONENT_BIT_64 = tl.constexpr(math.log(2.0) * 2.0**-52)
 
-# sqrt(2) sin(pi y) / y and sqrt(2) cos(pi y), in powers of y**2, for |y| <= 1/2. The square root of 2 is the radius's.
+# sqrt(2) sin(pi y) / y and sqrt(2) cos(pi y), in powers of y**2, for |y| <= 1/2. The square root of
+# 2 is the radius's.
 _SIN_32 = tl.constexpr(
     tuple(_SQRT_2 * c for c in (0.0775603876, -0.598242104, 2.55006981, -5.16770983, 3.14159274))
 )
@@ -32,16 +49,22 @@ _COS_32 = tl.constexpr(  # over 1 - 4 y**2
     tuple(_SQRT_2 * c for c in (0.0060288175, -0.0571802445, 0.31949684, -0.934801996, 1.0))
 )
 _SIN_64 = tl.constexpr(
-    tuple(_SQRT_2 * (-1) ** k * math.pi ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(12, -1, -1))
+    tuple(
+        _SQRT_2 * (-1) ** k * math.pi ** (2 * k + 1) / math.factorial(2 * k + 1)
+        for k in range(12, -1, -1)
+    )
 )
 _COS_64 = tl.constexpr(
-    tuple(_SQRT_2 * (-1) ** k * math.pi ** (2 * k) / math.factorial(2 * k) for k in range(12, -1, -1))
+    tuple(
+        _SQRT_2 * (-1) ** k * math.pi ** (2 * k) / math.factorial(2 * k) for k in range(12, -1, -1)
+    )
 )
 
 
 @triton.jit
-def philox(counter, sample, stream, key_low, key_high):
-    """The four uint32 words of uint64 counters, at one sample index and stream (both uint32)."""
+def philox(counter, sample, key):
+    """The four uint32 words of uint64 counters at one sample index; `key` as from `load_key`."""
+    key_low, key_high, stream = key
     c0 = counter.to(tl.uint32)
     c1 = (counter >> 32).to(tl.uint32)
     c2 = sample
@@ -105,9 +128,9 @@ def box_muller_64(radius_word, angle_word):
 
 
 @triton.jit
-def four_normals(counter, sample, stream, key_low, key_high, DTYPE: tl.constexpr):
-    w0, w1, w2, w3 = philox(counter, sample, stream, key_low, key_high)
-    if DTYPE == tl.float64:
+def four_normals(counter, sample, key, DTYPE: tl.constexpr):
+    w0, w1, w2, w3 = philox(counter, sample, key)
+    if tl.float64 == DTYPE:
         e0, e1 = box_muller_64(w0, w1)
         e2, e3 = box_muller_64(w2, w3)
     else:
@@ -120,25 +143,25 @@ def four_normals(counter, sample, stream, key_low, key_high, DTYPE: tl.constexpr
 def normals(
     group,
     sample,
-    stream,
-    key_low,
-    key_high,
+    key,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The normals of a [ROWS, WIDTH] tile, given the uint64 [ROWS, WIDTH / LANES] indices of its groups of LANES elements.
+    """The normals of a [ROWS, WIDTH] tile, given the uint64 [ROWS, WIDTH / LANES] indices of its
+    groups of LANES elements.
 
-    LANES is 4 (one counter each) or 8 (two counters each, so that a group of half-precision numbers is 16 bytes too).
+    LANES is 4 (one counter each) or 8 (two counters each, so that a group of half-precision numbers
+    is 16 bytes too).
     """
     if LANES == 4:
-        e0, e1, e2, e3 = four_normals(group, sample, stream, key_low, key_high, DTYPE)
+        e0, e1, e2, e3 = four_normals(group, sample, key, DTYPE)
         lanes = tl.join(tl.join(e0, e2), tl.join(e1, e3))
     else:
         counter = group << 1
-        e0, e1, e2, e3 = four_normals(counter, sample, stream, key_low, key_high, DTYPE)
-        e4, e5, e6, e7 = four_normals(counter | 1, sample, stream, key_low, key_high, DTYPE)
+        e0, e1, e2, e3 = four_normals(counter, sample, key, DTYPE)
+        e4, e5, e6, e7 = four_normals(counter | 1, sample, key, DTYPE)
         even = tl.join(tl.join(e0, e4), tl.join(e2, e6))
         odd = tl.join(tl.join(e1, e5), tl.join(e3, e7))
         lanes = tl.join(even, odd)
@@ -146,20 +169,21 @@ def normals(
 
 
 @triton.jit
-def load_key(seed_ptr, seed_value):
-    """Philox's two key words, from device memory where the seed lives there."""
+def load_key(seed_ptr, seed_value, stream):
+    """(low word, high word, stream) as uint32; the seed comes from device memory where it lives
+    there.
+    """
     seed = seed_value
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     seed = seed.to(tl.int64).to(tl.uint64, bitcast=True)
-    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32), stream.to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["seed_ptr", "seed_value", "stream", "sample", "first", "count", "words_ptr"])
+@kernel
 def noise_words_kernel(
     seed_ptr,
     words_ptr,
-    seed_value: tl.int64,
     stream: tl.int64,
     sample: tl.int64,
     first: tl.int64,
@@ -167,10 +191,10 @@ def noise_words_kernel(
     BLOCK: tl.constexpr,
 ):
     """words[i, :] = the Philox words of counter first + i, as int64."""
-    key_low, key_high = load_key(seed_ptr, seed_value)
+    key = load_key(seed_ptr, 0, stream)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counter = (first + i).to(tl.uint64)
-    w0, w1, w2, w3 = philox(counter, sample.to(tl.uint32), stream.to(tl.uint32), key_low, key_high)
+    w0, w1, w2, w3 = philox(counter, sample.to(tl.uint32), key)
     mask = i < count
     tl.store(words_ptr + 4 * i, w0.to(tl.int64), mask=mask)
     tl.store(words_ptr + 4 * i + 1, w1.to(tl.int64), mask=mask)
@@ -186,7 +210,7 @@ def _mix(v):
     return v ^ (v >> 31)
 
 
-@triton.jit(do_not_specialize=["seed_ptr", "out_ptr", "data"])
+@kernel
 def fold_seed_kernel(seed_ptr, out_ptr, data: tl.int64):
     """out = mix(mix(seed + golden) + data * golden), modulo 2**64."""
     golden = tl.full([], 0x9E3779B97F4A7C15, tl.uint64)

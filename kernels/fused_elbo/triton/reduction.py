@@ -1,18 +1,22 @@
-"""The second stage of the sums: parts that programs left behind, added in an order that depends on their number alone.
+"""The second stage of the sums: parts that programs left behind, added in an order that depends on
+their number alone.
 
 No atomics: every run, and every batch a row is part of, gives the same bits.
 """
 
+# Triton's dialect: no types, and `if` on constants decides what is compiled.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+
 import triton
 import triton.language as tl
 
-from .tiles import first_row
-
-_NOT_SPECIALIZED = ["parts_ptr", "out_ptr", "rows", "parts", "count"]
+from .tiles import first_row, kernel
 
 
 @triton.jit
-def add_up(parts_ptr, row, rows, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+def add_up(
+    parts_ptr, row, rows, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr
+):
     """The sums [ROWS, 1] of rows of `parts` numbers."""
     total = tl.zeros([ROWS, WIDTH], DTYPE)
     for begin in range(0, parts, WIDTH):
@@ -22,7 +26,7 @@ def add_up(parts_ptr, row, rows, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     return tl.sum(total, axis=1, keep_dims=True)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@kernel
 def add_rows_kernel(
     parts_ptr,
     out_ptr,
@@ -38,7 +42,7 @@ def add_rows_kernel(
     tl.store(out_ptr + row, total, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@kernel
 def add_blocks_kernel(
     parts_ptr,
     out_ptr,

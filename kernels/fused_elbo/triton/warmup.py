@@ -1,20 +1,23 @@
 """Compiles what a model will need before it is needed, so that the first training step is not slow.
 
-    python -m fused_elbo.triton.warmup --device cuda:0 --shapes 64x4x32x32 16x3x256x256 --dtypes float32 bfloat16
+    python -m fused_elbo.triton.warmup --device cuda:0 --shapes 64x4x32x32 16x3x256x256 --dtypes
+    float32 bfloat16
 
 or, in the process that will train (which then starts with the kernels in memory), `warm_up`.
 
-What decides whether a kernel must be compiled: the operation and its optional arguments, the dtype, the strides' pattern
-(dense, channels_last, expanded), whether 16-byte accesses are possible, and for rows of up to 1024 elements the next power
-of two of their length. Not the batch size, the values of any argument, or the length of longer rows.
+What decides whether a kernel must be compiled: the operation and its optional arguments, the dtype,
+the strides' pattern (dense, channels_last, expanded), whether 16-byte accesses are possible, and
+for rows of up to 1024 elements the next power of two of their length. Not the batch size, the
+values of any argument, or the length of longer rows.
 
 What Triton keeps where:
 
 - in memory, per process and device, every kernel it has compiled or loaded;
-- on disk, under ``TRITON_CACHE_DIR`` (default ``~/.triton/cache``), one folder per kernel with its PTX and cubin (or AMD's
-  hsaco), keyed by the source of the kernel and of all it calls, types, constants, compile options, target and the version
-  of Triton. A second process, or another machine of the same kind that shares the folder, loads them in milliseconds.
-  Deleting the folder costs one compilation of each kernel (0.3 to 2 s); there is nothing else to invalidate.
+- on disk, under ``TRITON_CACHE_DIR`` (default ``~/.triton/cache``), one folder per kernel with its
+  PTX and cubin (or AMD's hsaco), keyed by the source of the kernel and of all it calls, types,
+  constants, compile options, target and the version of Triton. A second process, or another machine
+  of the same kind that shares the folder, loads them in milliseconds. Deleting the folder costs one
+  compilation of each kernel (0.3 to 2 s); there is nothing else to invalidate.
 """
 
 from __future__ import annotations
@@ -30,7 +33,14 @@ from torch import Tensor
 
 from . import interpreting, reason
 
-OPERATIONS = ("reparameterize_kl", "reparameterize", "gaussian_kl", "from_moments", "gaussian_log_likelihood", "elbo_loss")
+OPERATIONS = (
+    "reparameterize_kl",
+    "reparameterize",
+    "gaussian_kl",
+    "from_moments",
+    "gaussian_log_likelihood",
+    "elbo_loss",
+)
 _FREE, _CLAMP = (-math.inf, math.inf), (-30.0, 20.0)
 
 
@@ -43,11 +53,12 @@ def warm_up(
     priors: bool = False,
     channels_last: bool = False,
 ) -> list[str]:
-    """Compiles forward and backward of operations on tensors of some shapes; runs nothing and allocates nothing.
+    """Compiles forward and backward of operations on tensors of some shapes; runs nothing and
+    allocates nothing.
 
     Args:
-        shapes: shapes ``[B, *event]`` of latents and reconstructions; of the moments (mean and logvar together, in dimension
-            1) for ``from_moments``. ``B`` does not matter.
+        shapes: shapes ``[B, *event]`` of latents and reconstructions; of the moments (mean and
+            logvar together, in dimension 1) for ``from_moments``. ``B`` does not matter.
         device: the GPU to compile for.
         dtypes: of the tensors.
         operations: some of `OPERATIONS`.
@@ -64,7 +75,9 @@ def warm_up(
     if (why := reason()) is not None:
         raise RuntimeError(f"fused_elbo.triton.warm_up: {why}")
     if interpreting():
-        raise RuntimeError("fused_elbo.triton.warm_up: the interpreter (TRITON_INTERPRET=1) compiles nothing")
+        raise RuntimeError(
+            "fused_elbo.triton.warm_up: the interpreter (TRITON_INTERPRET=1) compiles nothing"
+        )
     from .launch import device_options
 
     compiled = []
@@ -88,7 +101,8 @@ def required(
 
     operations = tuple(operations)
     if unknown := set(operations) - set(OPERATIONS):
-        raise ValueError(f"warm_up: unknown operations {sorted(unknown)}, expected some of {', '.join(OPERATIONS)}")
+        known = ", ".join(OPERATIONS)
+        raise ValueError(f"warm_up: unknown operations {sorted(unknown)}, expected some of {known}")
     dtypes = tuple(dtypes)
     with recording() as launches:
         for shape in shapes:
@@ -100,7 +114,9 @@ def required(
     return launches
 
 
-def _record(operation: str, shape: tuple[int, ...], dtype: torch.dtype, priors: bool, channels_last: bool) -> None:
+def _record(
+    operation: str, shape: tuple[int, ...], dtype: torch.dtype, priors: bool, channels_last: bool
+) -> None:
     from ..schemas import BATCHMEAN, OFF, SAMPLE
     from . import latent_operations, likelihood_operations
 
@@ -115,7 +131,15 @@ def _record(operation: str, shape: tuple[int, ...], dtype: torch.dtype, priors: 
         for logvar, value in ((None, 0.0), (meta(), 0.0), (tensor, 0.0)):
             likelihood_operations.likelihood_forward(tensor, tensor, logvar, value, 1, SAMPLE)
             likelihood_operations.likelihood_backward(
-                tensor, tensor, logvar, value, 1, SAMPLE, meta(shape[0], kind=nats), True, logvar is not None
+                tensor,
+                tensor,
+                logvar,
+                value,
+                1,
+                SAMPLE,
+                meta(shape[0], kind=nats),
+                True,
+                logvar is not None,
             )
     elif operation == "elbo_loss":
         for logvar in (None, meta()):
@@ -127,7 +151,17 @@ def _record(operation: str, shape: tuple[int, ...], dtype: torch.dtype, priors: 
     elif operation == "from_moments":
         if len(shape) > 1 and shape[1] % 2 == 0:
             half = meta(shape[0], shape[1] // 2, *shape[2:])
-            _record_latent(latent_operations, (tensor, None, None, None), half, seed, nats, 1, _CLAMP, SAMPLE, True)
+            _record_latent(
+                latent_operations,
+                (tensor, None, None, None),
+                half,
+                seed,
+                nats,
+                1,
+                _CLAMP,
+                SAMPLE,
+                True,
+            )
     else:
         prior = tensor if priors else None
         reduction = OFF if operation == "reparameterize" else SAMPLE
@@ -152,7 +186,9 @@ def _record_latent(
     forward(*inputs, seed, 0, 0, 0, 0, chunk, *clamp, sampled, reduction)
     grad_kl = torch.empty(like_z.shape[0], dtype=nats, device="meta") if reduction >= 0 else None
     grad_z = like_z if sampled else None
-    backward(*inputs, grad_z, grad_kl, seed, 0, 0, 0, 0, chunk, *clamp, reduction, inputs[2] is not None)
+    backward(
+        *inputs, grad_z, grad_kl, seed, 0, 0, 0, 0, chunk, *clamp, reduction, inputs[2] is not None
+    )
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -160,13 +196,22 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fused_elbo.triton.warmup", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_elbo.triton.warmup", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--shapes", nargs="+", type=_shape, required=True, metavar="BxCxHxW")
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "float64", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32"],
+        choices=["float32", "float64", "bfloat16", "float16"],
+    )
     parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
     parser.add_argument("--priors", action="store_true", help="with a learned prior")
-    parser.add_argument("--channels-last", action="store_true", help="4-dim tensors in channels_last")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="4-dim tensors in channels_last"
+    )
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     try:

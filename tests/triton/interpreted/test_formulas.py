@@ -8,11 +8,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fused_elbo.triton.formulas import exponentials, expm1_of_double
+
+from fused_elbo.triton.formulas import expm1_of_double, exponentials
 
 
 @triton.jit
-def exponentials_kernel(x_ptr, e_ptr, expm1_ptr, phi_ptr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
+def exponentials_kernel(
+    x_ptr, e_ptr, expm1_ptr, phi_ptr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     e, less_one, phi = exponentials(0.5 * tl.load(x_ptr + i), BOUNDED)
     tl.store(e_ptr + i, e)
@@ -36,7 +39,9 @@ def exact(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def ulps(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return np.abs(got.astype(np.float64) - truth) / np.spacing(np.abs(truth.astype(got.dtype))).astype(np.float64)
+    return np.abs(got.astype(np.float64) - truth) / np.spacing(
+        np.abs(truth.astype(got.dtype))
+    ).astype(np.float64)
 
 
 def magnitudes(dtype: type, highest: float) -> np.ndarray:
