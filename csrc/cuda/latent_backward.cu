@@ -15,6 +15,8 @@ namespace fused_elbo {
 namespace cuda {
 namespace {
 
+using Keys = Philox<0>;
+
 template <typename T>
 struct Pointers {
   const T *mean, *logvar, *grad_z;
@@ -22,7 +24,7 @@ struct Pointers {
 };
 
 template <typename T, bool kClamp, int kUnits, typename Acc = typename Traits<T>::Acc>
-__device__ inline void backward_units(const Pointers<T>& p, const Philox& philox, uint32_t counter,
+__device__ inline void backward_units(const Pointers<T>& p, const Keys& philox, uint32_t counter,
                                       const Bounds<Acc>& bounds, Acc grad_kl, uint32_t unit, uint32_t stride) {
   constexpr int kUnit = Traits<T>::kUnit;
   Acc m[kUnits][kUnit], lv[kUnits][kUnit], gz[kUnits][kUnit];
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 4) latent_backward_fast(const __grid
                              static_cast<T*>(p.grad_mean.data) + row * p.grad_mean.row + first,
                              static_cast<T*>(p.grad_logvar.data) + row * p.grad_logvar.row + first};
   const uint64_t counter = (p.first_index + static_cast<uint64_t>(row * p.index.row + first)) >> 2;
-  const Philox philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
+  const Keys philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
   const Bounds<Acc> bounds = clamp_bounds(p, Acc());
   const Acc grad_kl = row_grad_kl<Acc>(p, row);
 

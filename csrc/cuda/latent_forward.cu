@@ -11,9 +11,13 @@ namespace fused_elbo {
 namespace cuda {
 namespace {
 
+// As many round keys as fit 64 registers without a spill.
+template <typename T>
+using Keys = Philox<sizeof(T) == 4 ? 1 : 6>;
+
 // kUnits units of a thread, `stride` apart: loads first, then arithmetic, then stores.
 template <typename T, bool kClamp, int kUnits, typename Acc = typename Traits<T>::Acc>
-__device__ inline void forward_units(const T* mean, const T* logvar, T* z, const Philox& philox, uint32_t counter,
+__device__ inline void forward_units(const T* mean, const T* logvar, T* z, const Keys<T>& philox, uint32_t counter,
                                      const Bounds<Acc>& bounds, uint32_t unit, uint32_t stride, KlSum<Acc>& kl) {
   constexpr int kUnit = Traits<T>::kUnit;
   Acc m[kUnits][kUnit], lv[kUnits][kUnit];
@@ -51,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 4) latent_forward_fast(const __grid_
   const T* logvar = static_cast<const T*>(p.logvar.data) + place.row * p.logvar.row + first;
   T* z = static_cast<T*>(p.z.data) + place.row * p.z.row + first;
   const uint64_t counter = (p.first_index + static_cast<uint64_t>(place.row * p.index.row + first)) >> 2;
-  const Philox philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
+  const Keys<T> philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
   const Bounds<Acc> bounds = clamp_bounds(p, Acc());
 
   KlSum<Acc> kl;

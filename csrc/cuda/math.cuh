@@ -53,6 +53,9 @@ __device__ inline void box_muller(uint32_t even_word, uint32_t odd_word, double&
 // Philox with the key schedule worked out once per thread: 20 additions less per counter. Counter words 1 to 3 are the
 // same for every counter of a thread, so that the compiler moves what depends on them alone (a product of the second
 // round) out of the loop.
+// kWorkedOut: rounds whose keys may be worked out again at every counter. With all 20 kept, a kernel of 64 registers
+// spills.
+template <int kWorkedOut>
 class Philox {
  public:
   __device__ Philox(uint64_t seed, uint32_t counter_high, uint32_t sample, uint32_t stream)
@@ -60,9 +63,8 @@ class Philox {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
     for (int round = 0; round < math::kPhiloxRounds; ++round) {
-      // The first keys may be worked out again: with all 20 kept, a kernel of 64 registers spills.
-      key0_[round] = round < 2 ? key0 : keep(key0);
-      key1_[round] = round < 2 ? key1 : keep(key1);
+      key0_[round] = round < kWorkedOut ? key0 : keep(key0);
+      key1_[round] = round < kWorkedOut ? key1 : keep(key1);
       key0 += math::kPhiloxWeyl0;
       key1 += math::kPhiloxWeyl1;
     }

@@ -36,7 +36,7 @@ FAULTS = (
         "reduce.cuh",
         "__shfl_xor_sync(0xffffffffu",
         "__shfl_xor_sync(0x0000ffffu",
-        "a shuffle whose mask lacks the calling lane",
+        "emulation: a shuffle",
     ),
     Fault(
         "barrier that a part of the block skips",

@@ -1,4 +1,5 @@
-// fibers.h with an OS thread per CUDA thread, for ThreadSanitizer: a barrier or shuffle orders what it should and nothing else.
+// fibers.h with an OS thread per CUDA thread, for ThreadSanitizer: a barrier or shuffle orders what it should and
+// nothing else.
 #include <barrier_wait.h>
 
 #include <mutex>

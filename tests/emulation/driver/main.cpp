@@ -1,9 +1,12 @@
-// Runs the emulated kernels on buffers of exactly their size, so that AddressSanitizer sees every access beyond an end, at offsets that
-// misalign them, in three resume orders; compares with the formulas in float64 and, bit by bit, the orders with each other.
+// Runs the emulated kernels on buffers of exactly their size, so that AddressSanitizer sees every access beyond an end,
+// at offsets that misalign them, in three resume orders; compares with the formulas in float64 and, bit by bit, the
+// orders with each other.
 //
 //   driver                all of it
 //   driver quick          few sizes, for many builds in a row
 //   driver once           fewer still and in one order, for ThreadSanitizer, whose order is the system's
+#include <emulated_intrinsics.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,8 +14,6 @@
 #include <memory>
 #include <string>
 #include <vector>
-
-#include <emulated_intrinsics.h>
 
 #include "cuda/types.cuh"
 #include "math/philox.h"
@@ -42,7 +43,11 @@ size_t size_of(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32
 class Buffer {
  public:
   Buffer(DType dtype, int64_t count, int64_t offset)
-      : dtype_(dtype), count_(count), bytes_((count + offset) * size_of(dtype)), base_(new char[bytes_]), offset_(offset) {
+      : dtype_(dtype),
+        count_(count),
+        bytes_((count + offset) * size_of(dtype)),
+        base_(new char[bytes_]),
+        offset_(offset) {
     std::memset(base_.get(), 0xff, bytes_);
   }
   void* data() const { return base_.get() + offset_ * size_of(dtype_); }
@@ -114,8 +119,8 @@ struct Case {
   double tolerance;
   int64_t rows, event, offset;
   std::string name() const {
-    return "dtype " + std::to_string(static_cast<int>(dtype)) + " [" + std::to_string(rows) + ", " + std::to_string(event) +
-           "] offset " + std::to_string(offset);
+    return "dtype " + std::to_string(static_cast<int>(dtype)) + " [" + std::to_string(rows) + ", " +
+           std::to_string(event) + "] offset " + std::to_string(offset);
   }
   DType acc() const { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 };
@@ -172,7 +177,8 @@ std::string latent(const Case& c, bool transposed) {
       const double s = std::exp(lv / 2), expected = m + s * eps, e_dl = g * s * eps / 2 + gk * std::expm1(lv) / 2;
       sum += (m * m + std::expm1(lv) - lv) / 2;
       const double bound = c.tolerance * (std::fabs(m) + s * (1 + std::fabs(eps)));
-      const double bound_dl = c.tolerance * (std::fabs(g) * s * (1 + std::fabs(eps)) + std::fabs(gk) * (1 + std::exp(lv)));
+      const double bound_dl =
+          c.tolerance * (std::fabs(g) * s * (1 + std::fabs(eps)) + std::fabs(gk) * (1 + std::exp(lv)));
       expect(std::fabs(z.get(at) - expected) <= bound, "z " + c.name(), z.get(at), expected);
       expect(std::fabs(dm.get(at) - (g + gk * m)) <= c.tolerance * 5, "grad_mean " + c.name(), dm.get(at), g + gk * m);
       expect(std::fabs(dl.get(at) - e_dl) <= bound_dl, "grad_logvar " + c.name(), dl.get(at), e_dl);
@@ -186,7 +192,8 @@ std::string latent(const Case& c, bool transposed) {
 std::string elbo(const Case& c, int scale, Reduction reduction) {
   const int64_t n = c.rows * c.event, latents = 12;
   Buffer x(c.dtype, n, c.offset), recon(c.dtype, n, c.offset), logvar(c.dtype, scale == 2 ? n : c.rows, c.offset);
-  Buffer dr(c.dtype, n, c.offset), dv(scale == 2 ? c.dtype : c.acc(), scale == 2 ? n : c.rows, scale == 2 ? c.offset : 0);
+  Buffer dr(c.dtype, n, c.offset),
+      dv(scale == 2 ? c.dtype : c.acc(), scale == 2 ? n : c.rows, scale == 2 ? c.offset : 0);
   Buffer m(c.dtype, c.rows * latents, c.offset), lv(c.dtype, c.rows * latents, c.offset);
   Buffer dm(c.dtype, c.rows * latents, c.offset), dl(c.dtype, c.rows * latents, c.offset);
   Buffer ll(c.acc(), c.rows, 0), kl(c.acc(), c.rows, 0);
@@ -237,22 +244,27 @@ std::string elbo(const Case& c, int scale, Reduction reduction) {
       expect(std::fabs(dr.get(at) + s) <= c.tolerance * (1 + std::fabs(s)), "grad_recon " + c.name(), dr.get(at), -s);
       if (scale == 2) {
         const double expected = -(d * s - 1) / 2;
-        expect(std::fabs(dv.get(at) - expected) <= c.tolerance * (1 + std::fabs(d * s)), "grad_recon_logvar " + c.name(),
-               dv.get(at), expected);
+        expect(std::fabs(dv.get(at) - expected) <= c.tolerance * (1 + std::fabs(d * s)),
+               "grad_recon_logvar " + c.name(), dv.get(at), expected);
       }
     }
-    if (scale == 1) expect(std::fabs(dv.get(b) - sum_dv) <= 1e-5 * size * 8, "grad of a row's scale " + c.name(), dv.get(b), sum_dv);
+    if (scale == 1)
+      expect(std::fabs(dv.get(b) - sum_dv) <= 1e-5 * size * 8, "grad of a row's scale " + c.name(), dv.get(b), sum_dv);
     for (int64_t i = 0; i < latents; ++i) {
       const int64_t at = b * latents + i;
       const double mean = m.get(at), e = std::expm1(lv.get(at));
       sum_kl += (mean * mean + e - lv.get(at)) / 2;
-      expect(std::fabs(dm.get(at) - beta * mean) <= c.tolerance * 2, "elbo grad_mean " + c.name(), dm.get(at), beta * mean);
-      expect(std::fabs(dl.get(at) - beta * e / 2) <= c.tolerance * 4, "elbo grad_logvar " + c.name(), dl.get(at), beta * e / 2);
+      expect(std::fabs(dm.get(at) - beta * mean) <= c.tolerance * 2, "elbo grad_mean " + c.name(), dm.get(at),
+             beta * mean);
+      expect(std::fabs(dl.get(at) - beta * e / 2) <= c.tolerance * 4, "elbo grad_logvar " + c.name(), dl.get(at),
+             beta * e / 2);
     }
     expect(std::fabs(ll.get(b) - sum_ll) <= 3e-6 * size, "ll " + c.name(), ll.get(b), sum_ll);
     expect(std::fabs(kl.get(b) - sum_kl) <= 3e-6 * sum_kl, "elbo kl " + c.name(), kl.get(b), sum_kl);
     const double row_loss = beta * sum_kl - sum_ll;
-    if (per_row) expect(std::fabs(loss.get(b) - row_loss) <= 6e-6 * (size + sum_kl), "row loss " + c.name(), loss.get(b), row_loss);
+    if (per_row)
+      expect(std::fabs(loss.get(b) - row_loss) <= 6e-6 * (size + sum_kl), "row loss " + c.name(), loss.get(b),
+             row_loss);
     total += row_loss;
     magnitude += size + sum_kl;
   }
@@ -262,7 +274,8 @@ std::string elbo(const Case& c, int scale, Reduction reduction) {
 
 template <typename F>
 void in_every_order(const Case& c, const F& run) {
-  const emulation::Order orders[] = {emulation::Order::kForward, emulation::Order::kReversed, emulation::Order::kShuffled};
+  const emulation::Order orders[] = {emulation::Order::kForward, emulation::Order::kReversed,
+                                     emulation::Order::kShuffled};
   std::string first;
   for (const emulation::Order order : orders) {
     emulation::set_order(order, 17);
@@ -278,7 +291,8 @@ void in_every_order(const Case& c, const F& run) {
 int main(int count, char** arguments) {
   const bool quick = count > 1;
   g_once = quick && std::strcmp(arguments[1], "once") == 0;
-  const std::vector<int64_t> events = quick ? std::vector<int64_t>{3, 16, 4100} : std::vector<int64_t>{1, 3, 31, 33, 64, 1023, 4097, 8192};
+  const std::vector<int64_t> events =
+      quick ? std::vector<int64_t>{3, 16, 4100} : std::vector<int64_t>{1, 3, 31, 33, 64, 1023, 4097, 8192};
   for (const Rounding& r : kDTypes) {
     if (quick && r.dtype == DType::kFloat16) continue;
     if (g_once && r.dtype != DType::kFloat32) continue;
@@ -296,7 +310,8 @@ int main(int count, char** arguments) {
     const Case one{r.dtype, r.relative, 1, 31, 0};  // a row that nothing follows
     in_every_order(one, [&] { return latent(one, false); });
     in_every_order(one, [&] { return elbo(one, 2, Reduction::kSum); });
-    const Case many{r.dtype, r.relative, quick ? 600 : 3000, 8, 0};  // more blocks than fit one group would need 262 144 rows
+    const Case many{r.dtype, r.relative, quick ? 600 : 3000, 8,
+                    0};  // more blocks than fit one group would need 262 144 rows
     in_every_order(many, [&] { return elbo(many, 0, Reduction::kSum); });
   }
   if (g_failures != 0) {
