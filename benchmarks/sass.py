@@ -4,11 +4,12 @@
     python benchmarks/sass.py --archs 90      # one architecture
     python benchmarks/sass.py --json
 
-Needs nvcc and cuobjdump (triton's wheel has one), no GPU. The main loop of a kernel is its largest loop that loads from
-global memory 16 bytes at a time; what it spends per element decides what bounds the kernel. The prediction divides
-each chip's datasheet rates: bytes over bandwidth against instructions over issue slots and over the slots of every
-pipe. It knows nothing of latency, clocks under load or launch time: an upper bound, to be compared with
-`make gpu-check` on a device.
+Needs nvcc and cuobjdump (triton's wheel has one), no GPU. The main loop of a kernel is its
+largest loop that loads from global memory 16 bytes at a time; what it spends per element decides
+what bounds the kernel. The prediction divides each chip's datasheet rates: bytes over bandwidth
+against instructions over issue slots and over the slots of every pipe. It knows nothing of
+latency, clocks under load or launch time: an upper bound, to be compared with `make gpu-check` on
+a device.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class Kernel:
         return {name: count / self.elements for name, count in counts.items()}
 
     def roofline(self, chip: Chip) -> tuple[float, str]:
-        """The share of the memory bandwidth that the instructions leave reachable, and what bounds."""
+        """The share of the bandwidth that the instructions leave reachable, and what bounds."""
         pipes = self.pipes()
         fma_lanes = chip.fp32_lanes
         slots = {"issue": self.cost()}
@@ -334,7 +335,8 @@ def _with_traffic(kernel: Kernel) -> Kernel:
 def report(kernels: Sequence[Kernel]) -> str:
     """Two tables in Markdown: what was compiled, and the predicted share of the roofline."""
     lines = [
-        "| kernel | sm | registers | spills | shared | loads | stores | per element | fma | imad | alu | xu |",
+        "| kernel | sm | registers | spills | shared | loads | stores | per element"
+        " | fma | imad | alu | xu |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for k in kernels:
@@ -348,8 +350,8 @@ def report(kernels: Sequence[Kernel]) -> str:
         pipes = k.pipes()
         figures = " | ".join(f"{pipes.get(name, 0):.1f}" for name in ("fma", "imad", "alu", "xu"))
         lines.append(
-            f"| {k.name} | {k.arch} | {k.registers} | {k.spills} | {k.shared} | {widths[0]} | {widths[1]}"
-            f" | {k.cost():.1f} | {figures} |"
+            f"| {k.name} | {k.arch} | {k.registers} | {k.spills} | {k.shared}"
+            f" | {widths[0]} | {widths[1]} | {k.cost():.1f} | {figures} |"
         )
     lines += [
         "",

@@ -1,4 +1,5 @@
-"""The net catches: faults of the kinds that kernels have, each put into a copy of the source, each found."""
+"""The net catches: faults of the kinds that kernels have, each put into a copy of the source,
+each found."""
 
 from __future__ import annotations
 

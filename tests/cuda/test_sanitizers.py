@@ -1,6 +1,8 @@
-"""The emulated kernels under the sanitizers: ragged sizes, misaligned buffers, three resume orders, all dtypes.
+"""The emulated kernels under the sanitizers: ragged sizes, misaligned buffers, three resume
+orders, all dtypes.
 
-tests/emulation/driver compares every result with the formulas in float64, and the orders with each other bit by bit.
+tests/emulation/driver compares every result with the formulas in float64, and the orders with
+each other bit by bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What nvcc makes of the training kernels, held to the bounds of the design. Skipped where there is no nvcc."""
+"""What nvcc makes of the training kernels, held to the bounds of the design. Skipped where there
+is no nvcc."""
 
 from __future__ import annotations
 

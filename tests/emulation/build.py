@@ -1,8 +1,9 @@
-"""Compiles the CUDA kernels of csrc/cuda for the CPU, against the header in this folder that stands in for CUDA's.
+"""Compiles the CUDA kernels of csrc/cuda for the CPU, against the header in this folder that
+stands in for CUDA's.
 
-``build()`` makes the shared library that registers `torch.ops.fused_elbo_emulated`; ``build_driver()`` the executable of
-`driver.cpp`, which needs no torch and so runs under the sanitizers. Both are kept in build/emulation by a hash of all
-that went in.
+``build()`` makes the shared library that registers `torch.ops.fused_elbo_emulated`;
+``build_driver()`` the executable of `driver.cpp`, which needs no torch and so runs under the
+sanitizers. Both are kept in build/emulation by a hash of all that went in.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def build(sanitize: str | None = None) -> Path:
 def build_driver(sanitize: str | None = None, root: Path = ROOT, level: str = "") -> Path:
     """The executable that runs the kernels on exactly sized buffers.
 
-    root: a tree whose csrc/ is used instead; level: of optimization, -O0 where compiling is most of the work.
+    root: a tree whose csrc/ is used instead; level: of optimization, -O0 where compiling is most
+    of the work.
     """
     fibers = HERE / ("threads.cpp" if sanitize == "thread" else "fibers.cpp")
     sources = [*kernel_sources(root), fibers, *sorted((HERE / "driver").glob("*.cpp"))]
