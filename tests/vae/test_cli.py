@@ -77,7 +77,8 @@ def test_baseline_and_parts_are_printed(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_same_command_gives_the_same_checkpoint(run: Path, tmp_path: Path) -> None:
-    assert main(["train", *TINY, "--run", str(tmp_path / "again")]) == 0
+    arguments = ["--data", *TINY, "--run", str(tmp_path / "again")]
+    assert main(["train", *arguments]) == 0
     again, _ = read_checkpoint(tmp_path / "again")
     first, _ = read_checkpoint(run)
     assert first.keys() == again.keys()

@@ -70,6 +70,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
             " file"
         ),
     )
+    option("--data", help="the same, as an option")
     option("--run", help="the run folder (default: runs/ and the name of the data)")
     option(
         "--overwrite",
