@@ -18,7 +18,9 @@ CPP_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 .DEFAULT_GOAL := test
 
 demo: build-vae
-	$(BIN)/fused-vae train
+	$(BIN)/fused-vae train --overwrite
+	@echo; echo 'What it learned, and why it works, in a browser:'
+	@$(BIN)/fused-vae report runs/mnist
 
 test: build-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
