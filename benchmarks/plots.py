@@ -40,11 +40,13 @@ def draw(folder: Path) -> list[Path]:
     return written
 
 
-def _conditions(row: Row) -> str:
+def _conditions(row: Row, folder: Path) -> str:
+    load = _environment(folder).get("load_average_after", [0])[0]
+    threads = "1 thread" if row.threads == 1 else f"{row.threads} threads"
     return (
-        f"{row.device}, {row.threads} threads, torch {row.torch}, fused-elbo {row.fused_elbo}, "
-        f"float32, forward and backward, median"
-    )
+        f"{row.device}, {threads}, torch {row.torch}, fused-elbo {row.fused_elbo}, float32, forward "
+        f"and backward, median, {_environment(folder).get('clock', 'wall')} time, load {load:.0f}"
+    ).replace("time of one thread time", "time")
 
 
 def _fused(rows: list[Row]) -> str | None:
@@ -82,8 +84,8 @@ def _speedup(rows: list[Row], folder: Path) -> Any:
     axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel(f"times faster than ({ours}; left of 1: slower)")
-    axes.set_title(_conditions(next(iter(groups.values()))[ours]), fontsize=8)
+    axes.set_xlabel(f"so many times is {ours} faster (left of 1: slower)")
+    axes.set_title(_conditions(next(iter(groups.values()))[ours], folder), fontsize=8)
     axes.legend(fontsize=8)
     return figure
 
@@ -122,16 +124,21 @@ def _cost(rows: list[Row], folder: Path) -> Any:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     both[0].set_ylabel("ns per element")
-    figure.suptitle(_conditions(next(iter(curves.values()))[0]) + ", p20 to p80 shaded", fontsize=8)
+    figure.suptitle(
+        _conditions(next(iter(curves.values()))[0], folder) + ", p20 to p80 shaded", fontsize=8
+    )
     return figure
 
 
-def _bandwidth(folder: Path) -> float | None:
-    """GB/s, from the environment.json beside the table."""
+def _environment(folder: Path) -> dict[str, Any]:
+    """The environment.json beside the table, if it is there."""
     path = folder / "environment.json"
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text())
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _bandwidth(folder: Path) -> float | None:
+    """GB/s."""
+    found = _environment(folder)
     return found.get("triad_gb_per_s") or found.get("copy_gb_per_s")
 
 
@@ -163,5 +170,5 @@ def _memory(rows: list[Row], folder: Path) -> Any:
         axes.set_yticks(range(len(groups)), groups)
     both[0].invert_yaxis()
     both[1].legend(fontsize=8)
-    figure.suptitle(_conditions(next(iter(groups.values()))["eager"]), fontsize=8)
+    figure.suptitle(_conditions(next(iter(groups.values()))["eager"], folder), fontsize=8)
     return figure
