@@ -41,12 +41,14 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _conditions(row: Row, folder: Path) -> str:
-    load = _environment(folder).get("load_average_after", [0])[0]
+    found = _environment(folder)
+    load = found.get("load_average_after", [0])[0]
+    clock = str(found.get("clock", "wall")).split(" of ")[0].removesuffix(" time")
     threads = "1 thread" if row.threads == 1 else f"{row.threads} threads"
     return (
-        f"{row.device}, {threads}, torch {row.torch}, fused-elbo {row.fused_elbo}, float32, forward "
-        f"and backward, median, {_environment(folder).get('clock', 'wall')} time, load {load:.0f}"
-    ).replace("time of one thread time", "time")
+        f"{row.device}, {threads}, torch {row.torch}, fused-elbo {row.fused_elbo}, float32, "
+        f"forward and backward, median, {clock} time, load {load:.0f}"
+    )
 
 
 def _fused(rows: list[Row]) -> str | None:
