@@ -1,7 +1,6 @@
 // Picks the instruction-set level once, and forwards to its kernels. Compiled for the oldest processor.
 // FUSED_ELBO_ISA in the environment (v2, v3, v4, generic) asks for a lower level than the machine's best.
-#include <unistd.h>
-
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -75,13 +74,15 @@ const Level& chosen() {
 
 }  // namespace
 
+// From the kernel's description of the first processor: sysconf adds up the caches of all AMD core complexes.
 int64_t last_level_cache_bytes() {
   static const int64_t bytes = [] {
-    int64_t size = -1;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return size > 0 ? size : int64_t{32} << 20;
+    long kilobytes = 0;
+    if (std::FILE* const file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+      std::fclose(file);
+    }
+    return kilobytes > 0 ? int64_t{kilobytes} << 10 : int64_t{32} << 20;
   }();
   return bytes;
 }

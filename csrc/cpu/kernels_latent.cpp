@@ -49,7 +49,7 @@ bool is_channels_last(const LatentArgs& args) {
 }
 
 Units cut(const LatentArgs& args) {
-  return Units(1, args.shape.rows, args.shape.event, is_channels_last(args) ? args.shape.size[0] : 1);
+  return Units(1, args.shape.rows, args.shape.event, kUnit, is_channels_last(args) ? args.shape.size[0] : 1);
 }
 
 bool wants_nats(const LatentArgs& args, Pass pass) { return pass != Pass::kBackward && args.kl.data != nullptr; }

@@ -34,12 +34,25 @@ namespace {
 // Shorter runs of one logvar are treated element by element: each would be a unit of its own.
 constexpr int64_t kMinRun = 256;
 
+// Smaller than the latent's units: while a unit's gradient is streamed out of its buffer, no input is read.
+constexpr int64_t kLikelihoodUnit = 1024;
+
 bool is_constant_per_event(const LikelihoodArgs& args) {
   if (!args.logvar.data || args.shape.event <= 1) return true;
   for (int d = 0; d < args.shape.event_dims; ++d) {
     if (args.logvar.stride[d] != 0 && args.shape.size[d] != 1) return false;
   }
   return true;
+}
+
+// Whether the gradient of mean is stored past the caches, which saves reading its old contents: where x, mean and that
+// gradient do not fit into the last-level cache. Beside a second gradient of its size, streaming both costs a third
+// instead.
+bool streams_gradient(const LikelihoodArgs& args, bool grad_logvar) {
+  if (grad_logvar && args.logvar_inner == 1) return false;
+  const int64_t item = args.dtype == DType::kFloat64 ? 8 : args.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t bytes = 3 * item * args.shape.samples * args.shape.rows * args.shape.event;
+  return bytes > (int64_t{1} << 22) && bytes > last_level_cache_bytes();
 }
 
 int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
@@ -88,14 +101,14 @@ typename LikelihoodWork<T>::Cut LikelihoodWork<T>::Cut::of(const LikelihoodArgs&
       inner >= kMinRun && inner < shape.event && shape.event % inner == 0 && Order(args, grad_logvar).logical;
   if (by_runs) {
     const int64_t runs = shape.event / inner;
-    return {runs, Units(shape.samples, shape.rows * runs, inner, 1, true)};
+    return {runs, Units(shape.samples, shape.rows * runs, inner, kLikelihoodUnit, 1, true)};
   }
   int64_t quantum = 1;
-  if (grad_logvar && inner < kUnit && inner > 1) {
+  if (grad_logvar && inner < kLikelihoodUnit && inner > 1) {
     quantum = inner / gcd(inner, kLanes) * kLanes;
-    if (quantum > kUnit) quantum = inner;
+    if (quantum > kLikelihoodUnit) quantum = inner;
   }
-  return {1, Units(shape.samples, shape.rows, shape.event, quantum)};
+  return {1, Units(shape.samples, shape.rows, shape.event, kLikelihoodUnit, quantum)};
 }
 
 template <typename T>
@@ -151,9 +164,6 @@ LikelihoodWork<T>::LikelihoodWork(const LikelihoodArgs& args, Pass pass, double*
     grad_ll_ = view(args.grad_ll);
     grad_mean_ = view(args.grad_mean);
     grad_x_ = view(args.grad_x);
-    const int64_t bytes =
-        args.shape.samples * args.shape.rows * args.shape.event * (args.dtype == DType::kFloat64 ? 8 : 4);
-    grad_mean_.stream = grad_x_.stream = bytes > (int64_t{1} << 22) && bytes > last_level_cache_bytes();
   }
   if (grad_logvar_wanted_) {
     if (args.logvar_inner == 1) {
@@ -166,6 +176,7 @@ LikelihoodWork<T>::LikelihoodWork(const LikelihoodArgs& args, Pass pass, double*
       grad_logvar_ = make_view(operand, per_run, order.dim);
     }
   }
+  grad_mean_.stream = grad_x_.stream = pass != Pass::kForward && streams_gradient(args, grad_logvar_wanted_);
   if (one_logvar_) {
     logvar_value_ = logvar_ ? read(logvar_, 0, 0, 0) : args.logvar_value;
     precision_ = __builtin_exp(-logvar_value_);
@@ -345,7 +356,7 @@ void LikelihoodWork<T>::run(int64_t begin, int64_t end) const {
       elementwise_unit(piece, buffers);
     }
   }
-  if (grad_mean_.stream || grad_x_.stream) finish_streaming();
+  if (grad_mean_.stream) finish_streaming();
 }
 
 template <typename T>

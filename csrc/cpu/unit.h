@@ -22,17 +22,18 @@ struct Units {
   int64_t samples, rows, event;
   int64_t rows_per_unit = 1, segments = 1, segment = 0;
 
-  // A segment is a multiple of quantum elements. single: no unit has more than one row.
-  Units(int64_t samples, int64_t rows, int64_t event, int64_t quantum, bool single = false)
+  // A unit has at most limit elements, a segment is a multiple of quantum elements. single: no unit has more than one
+  // row.
+  Units(int64_t samples, int64_t rows, int64_t event, int64_t limit, int64_t quantum, bool single = false)
       : samples(samples), rows(rows), event(event) {
-    if (event > kUnit) {
-      segment = kUnit / quantum * quantum;
+    if (event > limit) {
+      segment = limit / quantum * quantum;
       segments = (event + segment - 1) / segment;
       return;
     }
     segment = event;
     if (event == 0 || single) return;
-    rows_per_unit = kUnit / event;
+    rows_per_unit = limit / event;
     // Whole groups of kLanes let kernels work on the operands in place.
     int64_t whole = kLanes;
     while (whole > 1 && event * (whole / 2) % kLanes == 0) whole /= 2;
