@@ -60,7 +60,8 @@ def test_nvidia_variants_neither_spill_nor_exceed_their_shared_memory(
     for variant in variants(target, dtype):
         code = disassembly.nvidia(variant)
         assert (code.local, code.stack) == (0, 0), variant.name
-        assert code.registers <= 128, (variant.name, code.registers)
+        limit = 168 if dtype == torch.float64 else 128  # twelve, or sixteen warps at a time
+        assert code.registers <= limit, (variant.name, code.registers)
         assert variant.compiled.metadata.shared <= SHARED_TILE, variant.name
 
 

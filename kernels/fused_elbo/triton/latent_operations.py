@@ -232,4 +232,4 @@ def noise_words(seed: Tensor, stream: int, sample: int, first: int, count: int) 
     return words
 
 
-_WORDS_BLOCK = 1024
+_WORDS_BLOCK = 512
