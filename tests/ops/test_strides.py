@@ -119,7 +119,7 @@ def copies(function):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", IN_PLACE)
-def test_the_layouts_that_occur_in_practice_are_read_without_a_copy(layout, device):
+def test_the_layouts_that_occur_in_practice_are_read_without_a_copy(layout, device, interpreted):
     values = [laid_out(leaf(4, 4, 6, 6, device=device), layout) for _ in range(2)]
     prior = [torch.zeros(4, 1, 1, device=device) for _ in range(2)]
     moments = laid_out(leaf(4, 4, 6, 6, device=device), layout)
@@ -135,7 +135,8 @@ def test_the_layouts_that_occur_in_practice_are_read_without_a_copy(layout, devi
         torch.autograd.grad(elbo_loss(*values, *values, recon_logvar=0.5).loss, values)
 
     step()
-    assert copies(step) == set()
+    # Triton's interpreter copies every storage to the host and back; a kernel's own copy clones.
+    assert copies(step) <= ({"aten::copy_"} if interpreted else set())
 
 
 @pytest.mark.kernels
