@@ -11,18 +11,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-#: Each group is one process; together they are the suite of operations and the tests beside this
-#: file.
+#: Each group is one process. The rest of the suite of operations takes minutes on the interpreter,
+#: for finite differences and compilation: `pytest tests/ops --backends=triton` runs all of it.
 GROUPS = {
     "kernels": ["tests/triton/interpreted"],
-    "values": [
-        "tests/ops/test_values.py",
-        "tests/ops/test_reductions.py",
-        "tests/ops/test_dtypes.py",
-    ],
-    "strides": ["tests/ops/test_strides.py", "tests/ops/test_diagonal_gaussian.py"],
-    "gradients": ["tests/ops/test_gradients.py", "tests/ops/test_elbo_loss.py"],
-    "noise": ["tests/ops/test_noise.py", "tests/ops/test_nonfinite.py", "tests/ops/test_purity.py"],
+    "values": [f"tests/ops/test_{name}.py" for name in ("values", "reductions", "dtypes")],
+    "strides": [f"tests/ops/test_{name}.py" for name in ("strides", "diagonal_gaussian")],
+    "losses": [f"tests/ops/test_{name}.py" for name in ("elbo_loss", "modules", "errors")],
+    "noise": [f"tests/ops/test_{name}.py" for name in ("noise", "noise_key", "nonfinite")],
+    "integration": [f"tests/ops/test_{name}.py" for name in ("opcheck", "purity", "backends")],
 }
 
 
