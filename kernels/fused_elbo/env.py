@@ -25,7 +25,7 @@ def report() -> str:
     lines = []
     for title, rows in sections.items():
         lines.append(title)
-        lines += [f"  {name:<14}{value}" for name, value in rows]
+        lines += [f"  {name:<22}{value}" for name, value in rows]
     return "\n".join(lines)
 
 

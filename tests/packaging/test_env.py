@@ -42,7 +42,7 @@ def test_the_report_names_versions_isa_archs_and_every_backend() -> None:
         [sys.executable, "-m", "fused_elbo.env"], capture_output=True, text=True, check=True
     )
     assert done.stderr == ""
-    rows = {line[2:16].strip(): line[16:] for line in done.stdout.splitlines() if line[0] == " "}
+    rows = {line[2:24].strip(): line[24:] for line in done.stdout.splitlines() if line[0] == " "}
     assert rows["loads"] == "yes"
     assert rows["built for"].startswith("torch >= 2.10, CPython >= 3.10")
     assert _library.isa_level() + " in use" in rows["CPU ISA"]
