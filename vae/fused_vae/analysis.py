@@ -67,7 +67,7 @@ def hit_rate(rank: Tensor, others: int, candidates: int) -> float:
         - math.lgamma(others + 1)
         + math.lgamma(others - drawn + 1)
     )
-    return float(torch.where(possible, log_share.exp(), 0).mean())
+    return float(torch.where(possible, log_share.exp().clamp(max=1), 0).mean())
 
 
 @dataclass(frozen=True)
