@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test build torch lint format wheel clean
+.PHONY: demo test build torch lint format wheel sass tsan clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := test
 
@@ -60,6 +60,14 @@ wheel: torch
 	rm -rf build/lib* build/bdist* dist
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls -l dist
+
+# What the compilers make of the GPU kernels, and the share of the roofline that this allows.
+sass: build-test
+	$(BIN)/python benchmarks/sass.py
+
+# The emulated CUDA kernels with a thread per CUDA thread, under ThreadSanitizer. Takes minutes.
+tsan: build-test
+	FUSED_ELBO_TSAN=1 $(BIN)/python -m pytest tests/cuda/test_sanitizers.py
 
 clean:
 	rm -rf build dist *.egg-info kernels/fused_elbo/_C.abi3.so kernels/fused_elbo/_build_info.json

@@ -50,7 +50,7 @@ def test_the_report_names_versions_isa_archs_and_every_backend() -> None:
     info = _library.build_info()
     assert info is not None
     assert rows["CUDA archs"].split() == info.cuda_archs or info.cuda_note in rows["CUDA archs"]
-    # Asked in a process of its own: in this one the tests may have put an emulation in place of cuda.
+    # In a process of its own: in this one an emulation may be in the place of cuda.
     ask = "import json; from fused_elbo import backends; print(json.dumps(backends.status()))"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
     backends = json.loads(answer.stdout)
