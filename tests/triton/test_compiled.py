@@ -59,7 +59,13 @@ def test_nvidia_variants_neither_spill_nor_exceed_their_shared_memory(
 ) -> None:
     for variant in variants(target, dtype):
         code = disassembly.nvidia(variant)
-        assert (code.local, code.stack) == (0, 0), variant.name
+        if dtype == torch.float64:
+            # A number may wait on the stack before or after the loop, but not inside it.
+            assert code.local == 0, variant.name
+            used = {disassembly.opcode(line) for line in code.loop}
+            assert not [name for name in used if name.startswith(("LDL", "STL"))], variant.name
+        else:
+            assert (code.local, code.stack) == (0, 0), variant.name
         limit = 168 if dtype == torch.float64 else 128  # twelve, or sixteen warps at a time
         assert code.registers <= limit, (variant.name, code.registers)
         assert variant.compiled.metadata.shared <= SHARED_TILE, variant.name
@@ -161,7 +167,8 @@ def test_amd_variants_use_no_scratch_and_wide_accesses(target: str, dtype: torch
     for variant in variants(target, dtype):
         counts = disassembly.amd(variant)
         assert counts["vgpr_spill_count"] == counts["private_segment_fixed_size"] == 0, variant.name
-        assert counts["vgpr_count"] <= 128, variant.name  # four waves per SIMD
+        limit = 168 if dtype == torch.float64 else 128  # three, or four waves per SIMD
+        assert counts["vgpr_count"] <= limit, variant.name
         assert variant.compiled.metadata.shared <= SHARED_TILE, variant.name
         if variant.aligned and not is_element_by_element(variant):
             assert counts["wide_accesses"] >= 2, variant.name
