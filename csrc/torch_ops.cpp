@@ -54,8 +54,8 @@ void implement(Library& m) {
 }  // namespace fused_elbo
 
 #define FUSED_ELBO_LATENT_INPUTS "Tensor mean, Tensor? logvar, Tensor? prior_mean, Tensor? prior_logvar"
-#define FUSED_ELBO_LATENT_PARAMS                                                                         \
-  "SymInt seed_value=0, int stream=0, SymInt row_offset=0, SymInt num_samples=0, int chunk_dim=-1, "       \
+#define FUSED_ELBO_LATENT_PARAMS                                                                     \
+  "SymInt seed_value=0, int stream=0, SymInt row_offset=0, SymInt num_samples=0, int chunk_dim=-1, " \
   "float clamp_min=-1e300, float clamp_max=1e300"
 
 // The same as SCHEMAS in kernels/fused_elbo/schemas.py, which says what the arguments mean.
