@@ -137,9 +137,7 @@ FUSED_ELBO_HD inline ScaleTerms<T> scale_terms(T p, const ScaleNumbers<T>& numbe
 template <typename T, ScaleKind kKind, bool kSoft, bool kFloor>
 struct ScaleTermsOf {
   ScaleNumbers<T> numbers;
-  FUSED_ELBO_HD inline ScaleTerms<T> operator()(T p) const {
-    return scale_terms<T, kKind, kSoft, kFloor>(p, numbers);
-  }
+  FUSED_ELBO_HD inline ScaleTerms<T> operator()(T p) const { return scale_terms<T, kKind, kSoft, kFloor>(p, numbers); }
 };
 
 template <typename T, ScaleKind kKind, class F>

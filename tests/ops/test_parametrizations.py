@@ -50,7 +50,8 @@ RELATIVE = {
 
 def parameter(*shape, param, dtype=torch.float32, device):
     """Parameters on both sides of every bound; variances are positive."""
-    p = leaf(*shape, dtype=dtype, device=device, scale=1.5)
+    wide = 0.75 if dtype == torch.float16 else 1.5  # gradients must not overflow it
+    p = leaf(*shape, dtype=dtype, device=device, scale=wide)
     return (p.detach().abs() + 0.02).to(dtype).requires_grad_() if param.name == "var" else p
 
 
