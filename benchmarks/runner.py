@@ -93,7 +93,7 @@ class Run:
         )
         beside = max(beside, bandwidth(self.device, self.busy))
         self.bandwidth = max(self.bandwidth, beside)
-        rows = []
+        rows: list[Row] = []
         for (name, dtype), p in prepared.items():
             rows += self._rows(workload, name, dtype, p, times[f"{name} {dtype}"], beside)
         self.rows += rows
