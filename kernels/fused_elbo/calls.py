@@ -72,8 +72,9 @@ class LatentParams(NamedTuple):
         return ScaleParams(*self[5:9])
 
 
-# The parameters after seed_value of the commonest call, which the schemas have as defaults.
-_COMMON = LatentParams()[1:]
+#: Those of the commonest call; after seed_value they are the defaults of the schemas.
+COMMON_PARAMS = LatentParams()
+_COMMON = COMMON_PARAMS[1:]
 
 
 def latent_forward_raw(
@@ -87,6 +88,8 @@ def latent_forward_raw(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """z and KL from the kernels, without gradients."""
+    if params is COMMON_PARAMS and mask is None:
+        return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed)
     if params[1:] == _COMMON:
         return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, mask, params[0])
     return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, mask, *params)
@@ -102,6 +105,10 @@ def latent_backward_raw(
 ) -> tuple[Tensor, ...]:
     """The gradients of a call; ``inputs`` are the tensors that its forward pass was given."""
     mean, logvar, prior_mean, prior_logvar, seed, mask = inputs
+    if params is COMMON_PARAMS and mask is None and not want_prior:
+        return kernels.latent_backward(
+            mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed
+        )
     if params[1:] == _COMMON and not want_prior:
         return kernels.latent_backward(
             mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, mask, params[0]

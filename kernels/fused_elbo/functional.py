@@ -29,8 +29,6 @@ __all__ = [
     "reparameterize_kl",
 ]
 
-_COMMON_PARAMS = ops.LatentParams()
-
 
 def reparameterize_kl(
     mean: Tensor,
@@ -85,7 +83,7 @@ def reparameterize_kl(
         kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).flatten(1).sum(1)
     """
     name = "reparameterize_kl"
-    z, kl = latent_call(
+    return latent_call(
         name,
         mean,
         logvar,
@@ -100,7 +98,6 @@ def reparameterize_kl(
         param,
         mask,
     )
-    return z, kl
 
 
 def reparameterize(
@@ -263,37 +260,41 @@ def latent_call(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """z and KL of a call, each if wanted, after its arguments have been checked."""
-    mean = _checks.batched(name, "mean", mean)
-    logvar = _checks.like(name, "logvar", logvar, "mean", mean)
     has_prior = prior_mean is not None or prior_logvar is not None
     scale = PLAIN_SCALE
-    if param != "logvar":
-        scale = scale_params(parametrization(name, "param", param), has_prior)
-        if has_prior and prior_logvar is None and scale != PLAIN_SCALE:
-            raise ValueError(
-                f'{name}: prior_logvar must be given with prior_mean when param is not "logvar"'
-            )
-    if mask is not None:
-        mask = _checks.mask(name, mask, "mean", mean)
-    if has_prior:
-        prior_mean, prior_logvar = broadcast_prior(name, prior_mean, prior_logvar, mean)
-        dtype = _checks.common_dtype(mean, logvar, prior_mean, prior_logvar)
-        prior_mean, prior_logvar = prior_mean.to(dtype), prior_logvar.to(dtype)
-        mean, logvar = mean.to(dtype), logvar.to(dtype)
-    elif mean.dtype != logvar.dtype:
-        dtype = torch.promote_types(mean.dtype, logvar.dtype)
-        mean, logvar = mean.to(dtype), logvar.to(dtype)
-    kernels = backends.select(mean.device.type, backend)
-    if num_samples is None and key is None and want_z and reduction == SAMPLE and not scale.code:
+    if has_prior or mask is not None or param != "logvar" or not _checks.are_alike(mean, logvar):
+        mean = _checks.batched(name, "mean", mean)
+        logvar = _checks.like(name, "logvar", logvar, "mean", mean)
+        if param != "logvar":
+            scale = scale_params(parametrization(name, "param", param), has_prior)
+            if has_prior and prior_logvar is None and scale != PLAIN_SCALE:
+                raise ValueError(
+                    f'{name}: prior_logvar must be given with prior_mean when param is not "logvar"'
+                )
+        if mask is not None:
+            mask = _checks.mask(name, mask, "mean", mean)
+        if has_prior:
+            prior_mean, prior_logvar = broadcast_prior(name, prior_mean, prior_logvar, mean)
+            dtype = _checks.common_dtype(mean, logvar, prior_mean, prior_logvar)
+            prior_mean, prior_logvar = prior_mean.to(dtype), prior_logvar.to(dtype)
+            mean, logvar = mean.to(dtype), logvar.to(dtype)
+        elif mean.dtype != logvar.dtype:
+            dtype = torch.promote_types(mean.dtype, logvar.dtype)
+            mean, logvar = mean.to(dtype), logvar.to(dtype)
+    device = mean.device
+    kernels = backends.select(device.type, backend)
+    if key is None and num_samples is None and want_z and reduction == SAMPLE and not scale.code:
         # The commonest call; a NamedTuple of eleven costs as much as a check.
-        params = _COMMON_PARAMS
+        params = ops.COMMON_PARAMS
         if scale is not PLAIN_SCALE:
             params = ops.LatentParams(clamp_min=scale.clamp_min, clamp_max=scale.clamp_max)
-        seed, _, _, _ = resolve_noise(name, key, generator, mean.device)
-        return ops.latent(kernels, mean, logvar, prior_mean, prior_logvar, seed, params, mask)
+        if generator is not None:
+            _checks.noise(name, key, generator)
+        drawn = ops.draw_seed(device, generator)
+        return ops.latent(kernels, mean, logvar, prior_mean, prior_logvar, drawn, params, mask)
     samples = _checks.num_samples(name, num_samples)
     if want_z:
-        seed, seed_value, stream, row_offset = resolve_noise(name, key, generator, mean.device)
+        seed, seed_value, stream, row_offset = resolve_noise(name, key, generator, device)
     else:
         seed, seed_value, stream, row_offset = None, 0, 0, 0
     params = ops.LatentParams(

@@ -24,6 +24,7 @@ from torch.autograd import Function, forward_ad
 
 from . import reference
 from .calls import (
+    COMMON_PARAMS,
     REDUCTION_NAMES,
     ELBOInputs,
     ELBOParams,
@@ -49,6 +50,7 @@ from .schemas import BATCHMEAN, SAMPLE, SCHEMAS, SUM
 from .transforms import Call, LatentTransform, LikelihoodTransform
 
 __all__ = [
+    "COMMON_PARAMS",
     "SCHEMAS",
     "ELBOInputs",
     "ELBOParams",
@@ -123,14 +125,17 @@ class _Latent(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             grads = latent_backward_plain(ctx.kernels, ctx.params, inputs, grad_z, grad_kl)
         else:
+            want_prior = needed[4] or needed[5]
             grads = latent_backward_raw(
-                ctx.kernels, ctx.params, inputs, grad_z, grad_kl, any(ctx.needs_input_grad[4:6])
+                ctx.kernels, ctx.params, inputs, grad_z, grad_kl, want_prior
             )
-        return None, None, *(present(grads, ctx.needs_input_grad[2:6])), None, None
+            if needed[2] and needed[3] and not want_prior:
+                return None, None, grads[0], grads[1], None, None, None, None
+        return None, None, *(present(grads, needed[2:6])), None, None
 
 
 def likelihood(
@@ -282,8 +287,18 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
         return torch.randint(
             -(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device, generator=generator
         )
-    return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
+    like = _seed_like.get(device)
+    if like is None or _dispatch_modes() > 0:  # a mode's tensors are of its own kind
+        seed = torch.empty((), dtype=torch.int64, device=device)
+        if type(seed) is Tensor:
+            _seed_like[device] = seed
+    else:
+        seed = torch.empty_like(like)  # half the time of torch.empty
+    return seed.random_() if generator is None else seed.random_(generator=generator)
 
+
+_seed_like: dict[torch.device, Tensor] = {}
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 # Dynamo refuses Tensor.random_ inside a full graph, so the draw sits inside an operation.
 _seed_library = torch.library.Library("fused_elbo", "FRAGMENT")
