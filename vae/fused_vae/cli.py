@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train_options(train)
     train.add_argument("--resume", action="store_true", help="continue an unfinished run exactly")
     train.add_argument("--beta", type=float, help="weight of the KL (default: 1, the ELBO)")
+    _add_objective_options(train)
     sweep = commands.add_parser(
         "sweep",
         help="train at several beta and draw the rate-distortion curve",
@@ -94,9 +96,42 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     option("--held-out", type=float, help="share of the images kept from training (default: 0.1)")
     option("--seed", type=int, help="the same seed gives the same run, bit for bit (default: 0)")
     option("--precision", help="float32 (default) or bfloat16 (autocast)")
+    option(
+        "--compile",
+        action="store_true",
+        help="run the model through torch.compile: faster steps after a slow first one",
+    )
     option("--device", help="cpu or cuda (default: cuda if there is one)")
     option("--threads", type=int, help="CPU threads (default: torch's choice)")
     option("--quiet", action="store_true", help="no progress bar")
+    option(
+        "--tensorboard",
+        action="store_true",
+        help="say so if TensorBoard is not installed; if it is, event files are written anyway",
+    )
+
+
+def _add_objective_options(parser: argparse.ArgumentParser) -> None:
+    from .objective_options import OBJECTIVES, options
+    from .recipe import flag
+
+    group = parser.add_argument_group(
+        "objective", "What is trained; held-out figures are those of the ELBO for each of them."
+    )
+    group.add_argument("--objective", help=f"{', '.join(OBJECTIVES)} (default: elbo)")
+    group.add_argument(
+        "--warm-up", help="of beta: none (default), linear, cosine, or cyclical from 0 to --beta"
+    )
+    group.add_argument(
+        "--warm-up-steps",
+        type=int,
+        help="length of the warm-up, or of a cycle (default: a fifth, or a quarter, of all steps)",
+    )
+    for name, option in options().items():
+        values = dict.fromkeys(option.defaults.values())  # in order, each once
+        default = ", ".join(f"{value}" for value in values)
+        text = f"of {option.owners}: {option.help} (default: {default})"
+        group.add_argument(flag(name), type=option.type, help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,16 +141,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = vars(build_parser().parse_args(argv))
         return COMMANDS[arguments.pop("command")](arguments)
     except (UserError, OSError) as error:
-        print(f"fused-vae: {error}", file=sys.stderr)
-        return 2
+        return _end(str(error), 2)
     except TrainingError as error:
-        print(f"fused-vae: {error}", file=sys.stderr)
-        return 1
+        return _end(str(error), 1)
     except KeyboardInterrupt:
-        print("fused-vae: stopped; --resume continues after the last epoch", file=sys.stderr)
-        return INTERRUPTED
+        return _end("stopped; --resume continues after the last epoch", INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _end(reason: str, status: int) -> int:
+    """Say why, in one line; of several ranks the first to fail says it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from . import distributed
+
+        if not distributed.first_to_fail():
+            return status
+        if rank := distributed.this_rank():
+            reason = f"rank {rank}: {reason}"
+    print(f"fused-vae: {reason}", file=sys.stderr)
+    return status
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
@@ -142,6 +187,7 @@ def _sweep(arguments: dict[str, Any]) -> int:
     from . import job, sweep
     from .config import TrainConfig
 
+    _alone("sweep")
     job.check_packages()
     config = TrainConfig(**_model_options(arguments))
     run = arguments.get("run") or job.default_run(config.data + "-sweep")
@@ -151,23 +197,37 @@ def _sweep(arguments: dict[str, Any]) -> int:
     return 0
 
 
+def _alone(command: str) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"torchrun starts fused-vae train only, not {command}")
+
+
 def _model_options(arguments: dict[str, Any]) -> dict[str, Any]:
     from .config import TrainConfig
+    from .objective_options import options
 
     names = {field.name for field in fields(TrainConfig)}
-    return {k: v for k, v in arguments.items() if k in names}
+    chosen = {k: v for k, v in arguments.items() if k in names}
+    own = {k: v for k, v in arguments.items() if k in options()}
+    return {**chosen, "objective_options": own} if own else chosen
 
 
 def _machine(arguments: dict[str, Any]) -> Machine:
     from . import job
 
     device, threads = arguments.get("device"), arguments.get("threads")
-    return job.Machine(device, threads, progress=not arguments.get("quiet", False))
+    return job.Machine(
+        device,
+        threads,
+        progress=not arguments.get("quiet", False),
+        tensorboard=arguments.get("tensorboard", False),
+    )
 
 
 def _report(arguments: dict[str, Any]) -> int:
     from . import job, report
 
+    _alone("report")
     job.check_packages()
     print(report.write(arguments["run"]))
     return 0

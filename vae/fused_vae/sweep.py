@@ -73,6 +73,7 @@ def _train(path: Path, config: TrainConfig, machine: job.Machine, overwrite: boo
         data=config.data if config.data == stored.data else str(Path(config.data).resolve()),
         epochs=config.epochs or stored.epochs,
         batch_size=config.batch_size or stored.batch_size,
+        warm_up_steps=config.warm_up_steps or stored.warm_up_steps,
     )
     if changes := stored.differences(asked):
         raise UserError(f"{path}: was trained with other options: {'; '.join(changes)}")
