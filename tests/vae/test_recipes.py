@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_elbo import DiagonalGaussian, NoiseKey
+from fused_elbo import NoiseKey
 from fused_vae import data, importance, objectives
 from fused_vae.config import TrainConfig
 from fused_vae.data import Images

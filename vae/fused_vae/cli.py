@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .errors import TrainingError, UserError
 
 if TYPE_CHECKING:
-    from .job import Machine
+    from .machine import Machine
 
 INTERRUPTED = 130
 
@@ -73,7 +73,11 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         ),
     )
     option("--data", help="the same, as an option")
-    option("--run", help="the run folder (default: runs/ and the name of the data)")
+    option(
+        "--run",
+        "--folder",  # torchrun stumbles over --run, for it has options that begin so
+        help="the run folder (default: runs/ and the name of the data); behind torchrun: --folder",
+    )
     option(
         "--overwrite",
         action="store_true",
@@ -184,16 +188,16 @@ def _train(arguments: dict[str, Any]) -> int:
 
 
 def _sweep(arguments: dict[str, Any]) -> int:
-    from . import job, sweep
+    from . import job, machine, sweep
     from .config import TrainConfig
 
     _alone("sweep")
-    job.check_packages()
+    machine.check_packages()
     config = TrainConfig(**_model_options(arguments))
     run = arguments.get("run") or job.default_run(config.data + "-sweep")
     betas = arguments.get("betas") or [0.1, 1.0, 10.0, 100.0, 1000.0]
-    machine = _machine(arguments)
-    print(sweep.run(run, config, betas, machine, overwrite=arguments.get("overwrite", False)))
+    overwrite = arguments.get("overwrite", False)
+    print(sweep.run(run, config, betas, _machine(arguments), overwrite=overwrite))
     return 0
 
 
@@ -213,10 +217,10 @@ def _model_options(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _machine(arguments: dict[str, Any]) -> Machine:
-    from . import job
+    from .machine import Machine
 
     device, threads = arguments.get("device"), arguments.get("threads")
-    return job.Machine(
+    return Machine(
         device,
         threads,
         progress=not arguments.get("quiet", False),
@@ -225,10 +229,10 @@ def _machine(arguments: dict[str, Any]) -> Machine:
 
 
 def _report(arguments: dict[str, Any]) -> int:
-    from . import job, report
+    from . import machine, report
 
     _alone("report")
-    job.check_packages()
+    machine.check_packages()
     print(report.write(arguments["run"]))
     return 0
 

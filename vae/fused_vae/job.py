@@ -6,23 +6,20 @@ from __future__ import annotations
 
 import csv
 import functools
-import importlib.util
 import math
-import os
 import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import data, distributed, plots, tensorboard
 from .baseline import ProbabilisticPCA
 from .config import TrainConfig
 from .data import Images
 from .distributed import Ranks
-from .errors import UserError, missing_package
+from .errors import UserError
+from .machine import Machine, check_packages
 from .model import VAE
 from .networks import count_parameters
 from .randomness import DEQUANTISE, NOISE_PICTURES, seeded
@@ -32,40 +29,6 @@ from .train import Trainer, load_model
 IMPORTANCE_SAMPLES = 50
 PICTURES = 16
 SAMPLES = 100
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a run may use, which its result does not depend on (threads: to rounding)."""
-
-    device: str | None = None
-    threads: int | None = None
-    progress: bool = True
-    tensorboard: bool = False  # asked for: say so if it is not installed
-
-    def prepare(self) -> torch.device:
-        """Apply the thread count and check the device.
-
-        Raises:
-            UserError: no such device.
-        """
-        if self.threads is not None:
-            if self.threads < 1:
-                raise UserError(f"--threads must be at least 1, got {self.threads}")
-            torch.set_num_threads(self.threads)
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if name not in ("cpu", "cuda"):
-            raise UserError(f"--device must be cpu or cuda, got {name}")
-        if name == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this torch sees no GPU")
-        if name == "cpu":
-            return torch.device(name)
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0")))
-        if device.index >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise UserError(f"--device cuda: more ranks than the {count} GPUs of this machine")
-        torch.cuda.set_device(device)
-        return device
 
 
 def default_run(source: str) -> Path:
@@ -148,21 +111,6 @@ def load_run(run: str | Path, checkpoint: str = CHECKPOINT) -> tuple[VAE, TrainC
     model = config.build(images)
     load_model(model, read_checkpoint(folder, checkpoint)[0])
     return model.eval(), config, images
-
-
-def check_packages() -> None:
-    """Say at the start, not after the first epoch, what is missing.
-
-    Raises:
-        UserError: how to install it.
-    """
-    for package, purpose in (
-        ("safetensors", "saving a run"),
-        ("matplotlib", "drawing"),
-        ("tqdm", "the progress bar"),
-    ):
-        if importlib.util.find_spec(package) is None:
-            raise missing_package(package, purpose)
 
 
 def _describe(images: Images) -> dict[str, Any]:
