@@ -120,7 +120,8 @@ def _add_objective_options(parser: argparse.ArgumentParser) -> None:
     from .recipe import flag
 
     group = parser.add_argument_group(
-        "objective", "What is trained; held-out figures are those of the ELBO for each of them."
+        "objective",
+        "What is trained. Held-out figures are those of the untouched ELBO for all of them.",
     )
     group.add_argument("--objective", help=f"{', '.join(OBJECTIVES)} (default: elbo)")
     group.add_argument(
@@ -133,7 +134,7 @@ def _add_objective_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, option in options().items():
         values = dict.fromkeys(option.defaults.values())  # in order, each once
-        default = ", ".join(f"{value}" for value in values)
+        default = ", ".join("none" if value != value else f"{value}" for value in values)
         text = f"of {option.owners}: {option.help} (default: {default})"
         group.add_argument(flag(name), type=option.type, help=text)
 
