@@ -81,6 +81,17 @@ def test_every_objective_trains_and_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_in_bfloat16(objective: str, digits: tuple[Images, Images]) -> None:
+    exact = trainer(digits, objective, epochs=1)
+    low = trainer(digits, objective, epochs=1, precision="bfloat16")
+    train(exact)
+    train(low)
+    found, expected = (job.progress.history[-1]["elbo"] for job in (low, exact))
+    assert found == pytest.approx(expected, abs=2)
+    assert found != expected
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_held_out_figures_are_those_of_the_elbo(
     objective: str, digits: tuple[Images, Images]
 ) -> None:
