@@ -67,9 +67,9 @@ def log_weights(
     log_weight = vae.log_weights(x, path, density)
     if estimator == "dreg" and path.requires_grad:
         share = log_weight.detach().softmax(0)  # [K, B]
-        path.register_hook(
-            lambda gradient: gradient * share.reshape(*share.shape, *[1] * (z.dim() - 2))
-        )
+        share = share.reshape(*share.shape, *[1] * (z.dim() - 2))
+        # In the type of z: under autocast that is lower than the weights'.
+        path.register_hook(lambda gradient: (gradient * share).to(gradient.dtype))
     return log_weight, q
 
 
