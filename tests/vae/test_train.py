@@ -71,7 +71,7 @@ def test_no_two_steps_share_noise_or_images(digits: tuple[Images, Images]) -> No
     job = trainer(digits, epochs=2)
     seen = []
     original = job.step
-    job.step = lambda x: seen.append(x) or original(x)  # type: ignore[method-assign,func-returns-value,assignment]
+    job.step = lambda x, numbers: seen.append(x) or original(x, numbers)  # type: ignore[method-assign,func-returns-value,assignment]
     train(job)
     levels = [(x * 17).floor().flatten(1) for x in seen]
     half = len(levels) // 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .errors import TrainingError, UserError
 
 if TYPE_CHECKING:
-    from .job import Machine
+    from .machine import Machine
 
 INTERRUPTED = 130
 
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train_options(train)
     train.add_argument("--resume", action="store_true", help="continue an unfinished run exactly")
     train.add_argument("--beta", type=float, help="weight of the KL (default: 1, the ELBO)")
+    _add_objective_options(train)
     sweep = commands.add_parser(
         "sweep",
         help="train at several beta and draw the rate-distortion curve",
@@ -71,7 +73,11 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         ),
     )
     option("--data", help="the same, as an option")
-    option("--run", help="the run folder (default: runs/ and the name of the data)")
+    option(
+        "--run",
+        "--folder",  # torchrun stumbles over --run, for it has options that begin so
+        help="the run folder (default: runs/ and the name of the data); behind torchrun: --folder",
+    )
     option(
         "--overwrite",
         action="store_true",
@@ -94,9 +100,43 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     option("--held-out", type=float, help="share of the images kept from training (default: 0.1)")
     option("--seed", type=int, help="the same seed gives the same run, bit for bit (default: 0)")
     option("--precision", help="float32 (default) or bfloat16 (autocast)")
+    option(
+        "--compile",
+        action="store_true",
+        help="run the model through torch.compile: faster steps after a slow first one",
+    )
     option("--device", help="cpu or cuda (default: cuda if there is one)")
     option("--threads", type=int, help="CPU threads (default: torch's choice)")
     option("--quiet", action="store_true", help="no progress bar")
+    option(
+        "--tensorboard",
+        action="store_true",
+        help="say so if TensorBoard is not installed; if it is, event files are written anyway",
+    )
+
+
+def _add_objective_options(parser: argparse.ArgumentParser) -> None:
+    from .objective_options import OBJECTIVES, options
+    from .recipe import flag
+
+    group = parser.add_argument_group(
+        "objective",
+        "What is trained. Held-out figures are those of the untouched ELBO for all of them.",
+    )
+    group.add_argument("--objective", help=f"{', '.join(OBJECTIVES)} (default: elbo)")
+    group.add_argument(
+        "--warm-up", help="of beta: none (default), linear, cosine, or cyclical from 0 to --beta"
+    )
+    group.add_argument(
+        "--warm-up-steps",
+        type=int,
+        help="length of the warm-up, or of a cycle (default: a fifth, or a quarter, of all steps)",
+    )
+    for name, option in options().items():
+        values = dict.fromkeys(option.defaults.values())  # in order, each once
+        default = ", ".join("none" if value != value else f"{value}" for value in values)
+        text = f"of {option.owners}: {option.help} (default: {default})"
+        group.add_argument(flag(name), type=option.type, help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,16 +146,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = vars(build_parser().parse_args(argv))
         return COMMANDS[arguments.pop("command")](arguments)
     except (UserError, OSError) as error:
-        print(f"fused-vae: {error}", file=sys.stderr)
-        return 2
+        return _end(str(error), 2)
     except TrainingError as error:
-        print(f"fused-vae: {error}", file=sys.stderr)
-        return 1
+        return _end(str(error), 1)
     except KeyboardInterrupt:
-        print("fused-vae: stopped; --resume continues after the last epoch", file=sys.stderr)
-        return INTERRUPTED
+        return _end("stopped; --resume continues after the last epoch", INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _end(reason: str, status: int) -> int:
+    """Say why, in one line; of several ranks the first to fail says it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from . import distributed
+
+        if not distributed.first_to_fail():
+            return status
+        if rank := distributed.this_rank():
+            reason = f"rank {rank}: {reason}"
+    print(f"fused-vae: {reason}", file=sys.stderr)
+    return status
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
@@ -139,36 +189,51 @@ def _train(arguments: dict[str, Any]) -> int:
 
 
 def _sweep(arguments: dict[str, Any]) -> int:
-    from . import job, sweep
+    from . import job, machine, sweep
     from .config import TrainConfig
 
-    job.check_packages()
+    _alone("sweep")
+    machine.check_packages()
     config = TrainConfig(**_model_options(arguments))
     run = arguments.get("run") or job.default_run(config.data + "-sweep")
     betas = arguments.get("betas") or [0.1, 1.0, 10.0, 100.0, 1000.0]
-    machine = _machine(arguments)
-    print(sweep.run(run, config, betas, machine, overwrite=arguments.get("overwrite", False)))
+    overwrite = arguments.get("overwrite", False)
+    print(sweep.run(run, config, betas, _machine(arguments), overwrite=overwrite))
     return 0
+
+
+def _alone(command: str) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"torchrun starts fused-vae train only, not {command}")
 
 
 def _model_options(arguments: dict[str, Any]) -> dict[str, Any]:
     from .config import TrainConfig
+    from .objective_options import options
 
     names = {field.name for field in fields(TrainConfig)}
-    return {k: v for k, v in arguments.items() if k in names}
+    chosen = {k: v for k, v in arguments.items() if k in names}
+    own = {k: v for k, v in arguments.items() if k in options()}
+    return {**chosen, "objective_options": own} if own else chosen
 
 
 def _machine(arguments: dict[str, Any]) -> Machine:
-    from . import job
+    from .machine import Machine
 
     device, threads = arguments.get("device"), arguments.get("threads")
-    return job.Machine(device, threads, progress=not arguments.get("quiet", False))
+    return Machine(
+        device,
+        threads,
+        progress=not arguments.get("quiet", False),
+        tensorboard=arguments.get("tensorboard", False),
+    )
 
 
 def _report(arguments: dict[str, Any]) -> int:
-    from . import job, report
+    from . import machine, report
 
-    job.check_packages()
+    _alone("report")
+    machine.check_packages()
     print(report.write(arguments["run"]))
     return 0
 

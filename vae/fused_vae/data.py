@@ -45,6 +45,7 @@ class Images:
     pixels: Tensor  # [N, C, H, W], uint8 or float32, in levels: 0 .. levels - 1
     levels: int
     labels: Tensor | None = None  # [N] int64
+    numbers: Tensor | None = None  # [N] int64: places in the set that these were selected from
 
     @property
     def shape(self) -> ImageShape:
@@ -70,12 +71,15 @@ class Images:
     def select(self, index: Tensor) -> Images:
         """The pictures at these positions."""
         labels = None if self.labels is None else self.labels[index]
-        return Images(self.name, self.pixels[index], self.levels, labels)
+        numbers = index if self.numbers is None else self.numbers[index]
+        return Images(self.name, self.pixels[index], self.levels, labels, numbers)
 
-    def dequantise(self, generator: torch.Generator) -> Tensor:
-        """x ``[N, C, H, W]`` in [0, 1]: the levels with fresh uniform noise."""
-        noise = torch.rand(self.pixels.shape, generator=generator)
-        return (self.pixels.float() + noise) / self.levels
+    def dequantise(self, generator: torch.Generator, part: slice = slice(None)) -> Tensor:
+        """x ``[N, C, H, W]`` in [0, 1]: the levels with fresh uniform noise; or the same of a part
+        of the pictures.
+        """
+        noise = torch.rand(self.pixels.shape, generator=generator)[part]
+        return (self.pixels[part].float() + noise) / self.levels
 
     def split(self, held_out: float, seed: int) -> tuple[Images, Images]:
         """Training and held-out pictures: a random share, at least one, never all; the same for the

@@ -40,6 +40,24 @@ def importance_weighted(
 
     ``elbo`` is the mean log-weight: the ELBO with the rate estimated from the samples.
     """
+    log_weight, _ = log_weights(vae, x, num_samples, estimator=estimator, key=key)
+    return Objective(-bound(log_weight).mean(), log_weight.detach().mean(0))
+
+
+def bound(log_weight: Tensor) -> Tensor:
+    """log 1/K sum_k w_k, ``[B]`` nats from ``[K, B]`` (arXiv:1509.00519)."""
+    return log_weight.logsumexp(0) - math.log(len(log_weight))
+
+
+def log_weights(
+    vae: VAE,
+    x: Tensor,
+    num_samples: int,
+    *,
+    estimator: Estimator,
+    key: NoiseKey | None = None,
+) -> tuple[Tensor, DiagonalGaussian]:
+    """log p(x, z_k) / q(z_k|x), ``[K, B]`` nats, with the estimator's gradient; and q(z|x)."""
     if estimator not in ("iwae", "stl", "dreg"):
         raise ValueError(f"estimator must be iwae, stl or dreg, got {estimator!r}")
     q = vae.encode(x)
@@ -47,13 +65,12 @@ def importance_weighted(
     density = q if estimator == "iwae" else DiagonalGaussian(q.mean.detach(), q.logvar.detach())
     path = z.clone()  # what the log-weights see, so that its gradient can be weighted apart
     log_weight = vae.log_weights(x, path, density)
-    bound = log_weight.logsumexp(0) - math.log(num_samples)
     if estimator == "dreg" and path.requires_grad:
         share = log_weight.detach().softmax(0)  # [K, B]
-        path.register_hook(
-            lambda gradient: gradient * share.reshape(*share.shape, *[1] * (z.dim() - 2))
-        )
-    return Objective(-bound.mean(), log_weight.detach().mean(0))
+        share = share.reshape(*share.shape, *[1] * (z.dim() - 2))
+        # In the type of z: under autocast that is lower than the weights'.
+        path.register_hook(lambda gradient: (gradient * share).to(gradient.dtype))
+    return log_weight, q
 
 
 def total_correlation(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import importlib.util
 import math
 import sys
 import zlib
@@ -14,47 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import data, plots
+from . import data, distributed, plots, tensorboard
 from .baseline import ProbabilisticPCA
 from .config import TrainConfig
 from .data import Images
-from .errors import UserError, missing_package
+from .distributed import Ranks
+from .errors import UserError
+from .machine import Machine, check_packages
 from .model import VAE
 from .networks import count_parameters
+from .randomness import DEQUANTISE, NOISE_PICTURES, seeded
 from .run_folder import CHECKPOINT, CONFIG, EARLY, METRICS, RunFolder, read_checkpoint, read_json
-from .train import DEQUANTISE, NOISE_PICTURES, Trainer, load_model, seeded
+from .train import Trainer, load_model
 
 IMPORTANCE_SAMPLES = 50
 PICTURES = 16
 SAMPLES = 100
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a run may use, which its result does not depend on (threads: to rounding)."""
-
-    device: str | None = None
-    threads: int | None = None
-    progress: bool = True
-
-    def prepare(self) -> torch.device:
-        """Apply the thread count and check the device.
-
-        Raises:
-            UserError: no such device.
-        """
-        if self.threads is not None:
-            if self.threads < 1:
-                raise UserError(f"--threads must be at least 1, got {self.threads}")
-            torch.set_num_threads(self.threads)
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if name not in ("cpu", "cuda"):
-            raise UserError(f"--device must be cpu or cuda, got {name}")
-        if name == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this torch sees no GPU")
-        return torch.device(name)
 
 
 def default_run(source: str) -> Path:
@@ -72,43 +46,56 @@ def start(run: str | Path, config: TrainConfig, machine: Machine, *, overwrite: 
     """
     check_packages()
     device = machine.prepare()
-    images = data.load(config.data)
-    train, held_out = images.split(config.held_out, config.seed)
-    config = config.resolved(train)
-    trainer = Trainer(config, train, held_out, device)
-    folder = RunFolder(run)
-    folder.create(overwrite=overwrite)
-    folder.write_json(CONFIG, {"train": config.to_dict(), "images": _describe(images)})
-    return _Job(folder, trainer, images, train, held_out, machine).run()
+    with distributed.joined(device) as ranks:
+        images = data.load(config.data)
+        train, held_out = images.split(config.held_out, config.seed)
+        config = config.resolved(train)
+        trainer = Trainer(config, train, held_out, device, ranks)
+        folder = RunFolder(run)
+        if ranks.writes:
+            folder.create(overwrite=overwrite)
+            folder.write_json(CONFIG, {"train": config.to_dict(), "images": _describe(images)})
+        return _Job(folder, trainer, images, train, held_out, machine).run()
 
 
 def resume(run: str | Path, options: dict[str, Any], machine: Machine) -> Path:
-    """Continue an unfinished run from its last checkpoint; `options` may repeat the run's own, not
-    change them.
+    """Continue an unfinished run from its last checkpoint, on any number of ranks; `options` may
+    repeat the run's own, not change them.
 
     Raises:
         UserError: no such run, other options or other data than it was started with.
     """
     check_packages()
     device = machine.prepare()
-    folder = RunFolder(run)
-    stored = folder.read_config()
-    config = TrainConfig.from_dict(stored["train"])
-    asked = TrainConfig(**{**config.to_dict(), **options})
-    if "data" in options and asked.data not in data.BUILT_IN:
-        asked = TrainConfig(**{**asked.to_dict(), "data": str(Path(asked.data).resolve())})
-    if changes := config.differences(asked):
-        raise UserError(f"--resume continues a run as it was started: {'; '.join(changes)}")
-    images = data.load(config.data)
-    if stored["images"] != _describe(images):
-        raise UserError(
-            f"--resume: the images of {config.data} are not those that the run was started with"
-        )
-    train, held_out = images.split(config.held_out, config.seed)
-    trainer = Trainer(config, train, held_out, device)
-    if (folder.folder / CHECKPOINT).is_file():
-        trainer.restore(*read_checkpoint(folder.folder))
-    return _Job(folder, trainer, images, train, held_out, machine).run()
+    with distributed.joined(device) as ranks:
+        folder = RunFolder(run)
+        stored = folder.read_config()
+        config = TrainConfig.from_dict(stored["train"])
+        if changes := config.differences(_asked(config, options)):
+            raise UserError(f"--resume continues a run as it was started: {'; '.join(changes)}")
+        images = data.load(config.data)
+        if stored["images"] != _describe(images):
+            raise UserError(
+                f"--resume: the images of {config.data} are not those that the run was started with"
+            )
+        train, held_out = images.split(config.held_out, config.seed)
+        trainer = Trainer(config, train, held_out, device, ranks)
+        if (folder.folder / CHECKPOINT).is_file():
+            trainer.restore(*read_checkpoint(folder.folder))
+        return _Job(folder, trainer, images, train, held_out, machine).run()
+
+
+def _asked(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
+    """The configuration of a run with these options in the place of its own."""
+    values = {**config.to_dict(), **options}
+    if values["objective"] == config.objective:
+        own = config.objective_options
+        values["objective_options"] = {**own, **options.get("objective_options", {})}
+    elif "objective_options" not in options:
+        values["objective_options"] = {}
+    if values["data"] not in data.BUILT_IN:
+        values["data"] = str(Path(values["data"]).resolve())
+    return TrainConfig(**values)
 
 
 def load_run(run: str | Path, checkpoint: str = CHECKPOINT) -> tuple[VAE, TrainConfig, Images]:
@@ -124,21 +111,6 @@ def load_run(run: str | Path, checkpoint: str = CHECKPOINT) -> tuple[VAE, TrainC
     model = config.build(images)
     load_model(model, read_checkpoint(folder, checkpoint)[0])
     return model.eval(), config, images
-
-
-def check_packages() -> None:
-    """Say at the start, not after the first epoch, what is missing.
-
-    Raises:
-        UserError: how to install it.
-    """
-    for package, purpose in (
-        ("safetensors", "saving a run"),
-        ("matplotlib", "drawing"),
-        ("tqdm", "the progress bar"),
-    ):
-        if importlib.util.find_spec(package) is None:
-            raise missing_package(package, purpose)
 
 
 def _describe(images: Images) -> dict[str, Any]:
@@ -162,17 +134,31 @@ class _Job:
     machine: Machine
     baseline: float = math.nan
 
+    @property
+    def ranks(self) -> Ranks:
+        return self.trainer.ranks
+
     def run(self) -> Path:
-        self._introduce()
         trainer = self.trainer
+        history = trainer.progress.history
+        if not self.ranks.writes:
+            for steps in trainer.epochs():
+                for _ in steps:
+                    pass
+            trainer.log_prob(IMPORTANCE_SAMPLES)
+            return self.folder.final
+        self._introduce()
+        board = tensorboard.Board(self.folder.folder, history)
         with self._progress_bar() as bar:
-            for row in trainer.progress.history:
+            for row in history:
                 bar.write(_line(row))
             for steps in trainer.epochs():
                 for _ in steps:
                     bar.update()
                 self._save()
-                bar.write(_line(trainer.progress.history[-1]))
+                board.add(history[-1])
+                bar.write(_line(history[-1]))
+        board.close()
         self._conclude()
         return self.folder.final
 
@@ -193,7 +179,11 @@ class _Job:
         print(
             f"{config.variance} variance, {count_parameters(trainer.model):,} parameters", end=" "
         )
-        print(f"on {trainer.device}")
+        print(f"on {trainer.device}", end="")
+        print(f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
+        if config.objective != "elbo":
+            print(f"objective {config.objective}", end=" ")
+            print(", ".join(f"{k} {v}" for k, v in config.objective_options.items()))
         print(
             f"baseline  probabilistic PCA, {config.latent} latent dimensions, learned sigma",
             end=" ",
@@ -204,6 +194,10 @@ class _Job:
         )
         print(f"= {math.prod(images.shape)} ln {images.levels}")
         print(f"run       {self.folder.folder}, renamed to {self.folder.final.name} when complete")
+        if self.machine.tensorboard and not tensorboard.available():
+            print(
+                "note      --tensorboard: not installed, no event files (pip install tensorboard)"
+            )
         print("\nepoch  held-out:  ELBO      rate  distortion   sigma   training ELBO", flush=True)
 
     def _progress_bar(self) -> Any:

@@ -29,7 +29,7 @@ def _objective(loss: Tensor, log_likelihood: Tensor, kl: Tensor) -> Objective:
     return Objective(loss, (log_likelihood - kl).detach())
 
 
-def weighted(log_likelihood: Tensor, kl: Tensor, beta: float = 1.0) -> Objective:
+def weighted(log_likelihood: Tensor, kl: Tensor, beta: float | Tensor = 1.0) -> Objective:
     """-log p(x|z) + beta KL, the ELBO at beta = 1 (beta-VAE: Higgins et al., ICLR 2017)."""
     return _objective((beta * kl - log_likelihood).mean(), log_likelihood, kl)
 
@@ -56,7 +56,7 @@ def free_bits(
     *,
     order: Literal["mean_first", "clamp_first"] = "mean_first",
 ) -> Objective:
-    """Rate below ``floor`` nats per group is free (arXiv:1606.04934).
+    """Rate below ``floor`` nats per group is free (arXiv:1606.04934, appendix C.8).
 
     mean_first: sum_g max(floor, mean_B KL_g), as published: one picture may use less if others use
     more.
@@ -103,7 +103,7 @@ class SoftFreeBits:
 
 
 def capacity(
-    log_likelihood: Tensor, kl: Tensor, target: float, weight: float = 1000.0
+    log_likelihood: Tensor, kl: Tensor, target: float | Tensor, weight: float = 1000.0
 ) -> Objective:
     """-log p(x|z) + weight |KL - target|: a rate given in nats, usually raised in training
     (arXiv:1804.03599).
@@ -165,9 +165,19 @@ def optimal_sigma(x: Tensor, mean: Tensor, kl: Tensor) -> Objective:
     """The ELBO at the best shared variance of the batch, its mean squared error
     (arXiv:2006.13202).
     """
-    logvar = (x - mean).detach().square().mean().log()
-    log_likelihood = gaussian_log_likelihood(x, mean, logvar)
-    return weighted(log_likelihood, kl)
+    squared_error = (x - mean).square().flatten(1).sum(1)
+    return optimal_variance(squared_error, x[0].numel(), kl)
+
+
+def optimal_variance(squared_error: Tensor, size: int, kl: Tensor) -> Objective:
+    """`optimal_sigma` of squared errors ``[B]``, each the sum over `size` pixels.
+
+    The variance is held fixed; the gradient is still that of size / 2 * log(mean squared error),
+    whose derivative it is.
+    """
+    variance = squared_error.detach().mean() / size
+    constant = size * (variance.log() + math.log(2 * math.pi))
+    return weighted(-0.5 * (squared_error / variance + constant), kl)
 
 
 def beta_nll(x: Tensor, mean: Tensor, logvar: Tensor, kl: Tensor, power: float = 0.5) -> Objective:

@@ -94,7 +94,7 @@ class RunFolder:
                 os.fsync(file.fileno())
             os.replace(beside, path)
             _sync_folder(self.folder)
-        except Exception as error:
+        except BaseException as error:  # an interrupt too
             beside.unlink(missing_ok=True)
             if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
                 raise unwritable(path, error) from error

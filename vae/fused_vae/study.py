@@ -15,15 +15,14 @@ from . import analysis, job
 from .data import Images
 from .errors import UserError
 from .model import VAE
+from .randomness import DEQUANTISE, DEQUANTISE_HELD_OUT, NOISE_STUDY, seeded
 from .run_folder import CHECKPOINT, EARLY
-from .train import DEQUANTISE, DEQUANTISE_HELD_OUT, seeded
 
 QUERIES = 500
 CANDIDATES = 5000
 CANDIDATE_NUMBERS = 2**28
 """Bound on candidates x pixels, so that large pictures fit into memory."""
 
-NOISE_STUDY = 3
 OVERLAP_PICTURES = 500
 
 

@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from . import job, plots, study
 from .config import TrainConfig
 from .errors import UserError
+from .machine import Machine
 from .panels import Panel
 from .report import render_document
 from .run_folder import CONFIG, RunFolder, read_json
@@ -27,7 +30,7 @@ def run(
     folder: str | Path,
     config: TrainConfig,
     betas: Sequence[float],
-    machine: job.Machine,
+    machine: Machine,
     *,
     overwrite: bool,
 ) -> Path:
@@ -60,8 +63,9 @@ def run(
     return out.final / "sweep.html"
 
 
-def _train(path: Path, config: TrainConfig, machine: job.Machine, overwrite: bool) -> None:
+def _train(path: Path, config: TrainConfig, machine: Machine, overwrite: bool) -> None:
     """Unless it was trained before; an unfinished run is continued."""
+    torch.compiler.reset()  # a graph per run, of which torch keeps a few only
     run = RunFolder(path)
     found = [folder for folder in (run.final, run.folder) if (folder / CONFIG).is_file()]
     if overwrite or not found:
@@ -73,6 +77,7 @@ def _train(path: Path, config: TrainConfig, machine: job.Machine, overwrite: boo
         data=config.data if config.data == stored.data else str(Path(config.data).resolve()),
         epochs=config.epochs or stored.epochs,
         batch_size=config.batch_size or stored.batch_size,
+        warm_up_steps=config.warm_up_steps or stored.warm_up_steps,
     )
     if changes := stored.differences(asked):
         raise UserError(f"{path}: was trained with other options: {'; '.join(changes)}")

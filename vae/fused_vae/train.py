@@ -1,28 +1,37 @@
-"""The training loop: every random number in it is a function of the seed and the step, so that a
-run repeats bit for bit.
+"""The training loop: every random number in it is a function of the seed, the step and the position
+in the batch, so that a run repeats bit for bit, and is the same on any number of ranks.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fused_elbo import NoiseKey, tracing
 
+from . import diagnosis
 from .config import TrainConfig
 from .data import Images
-from .errors import TrainingError
-from .model import VAE, VAEOutput
-
-NOISE_TRAIN, NOISE_EVALUATE, NOISE_PICTURES = range(3)
-"""What the run's noise key is folded with first, so that the three never share noise."""
+from .distributed import Ranks
+from .errors import TrainingError, UserError
+from .model import VAE
+from .randomness import (
+    DEQUANTISE,
+    DEQUANTISE_HELD_OUT,
+    INITIALISE,
+    NOISE_EVALUATE,
+    NOISE_TRAIN,
+    SHUFFLE,
+    seeded,
+)
+from .recipe import Batch, Parts
+from .step import Step
 
 WARM_UP = 0.1
 """Share of the steps over which the learning rate rises; it then falls along a cosine."""
@@ -40,17 +49,6 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def seeded(*path: int) -> torch.Generator:
-    """A generator for one purpose, e.g. ``seeded(seed, SHUFFLE, epoch)``; different paths are
-    independent.
-    """
-    state = np.random.SeedSequence(path).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
-
-
-SHUFFLE, DEQUANTISE, DEQUANTISE_HELD_OUT, INITIALISE = range(4)
-
-
 class Trainer:
     """Trains one model; `epochs` yields after each epoch, with `progress.history[-1]` filled in.
 
@@ -58,6 +56,10 @@ class Trainer:
         config: resolved (`TrainConfig.resolved`).
         train, held_out: the images.
         device: where the model runs.
+        ranks: the processes that train it together; each calls every method.
+
+    Raises:
+        UserError: fewer images in a batch than ranks.
     """
 
     def __init__(
@@ -66,16 +68,31 @@ class Trainer:
         train: Images,
         held_out: Images,
         device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.images = train
         self.device = torch.device(device)
+        self.ranks = ranks or Ranks()
+        if config.batch_size < self.ranks.size:
+            raise UserError(
+                f"--batch-size {config.batch_size} is less than the {self.ranks.size} ranks"
+            )
         self.key = NoiseKey(config.seed)
         self.steps_per_epoch = len(train) // config.batch_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeded(config.seed, INITIALISE).initial_seed())
             self.model = config.build(train).to(self.device)
+        self.recipe = config.recipe()
+        self.recipe.prepare(self.model, train)
         self.optimizer = torch.optim.Adam(self._parameter_groups(), betas=(0.9, 0.99))
+        self._run_model = Step(
+            self.model,
+            self.recipe,
+            self.ranks,
+            compiled=config.compile,
+            low_precision=config.precision == "bfloat16",
+        )
         self.progress = Progress()
         self.x_held_out = held_out.dequantise(seeded(config.seed, DEQUANTISE_HELD_OUT)).to(
             self.device
@@ -85,7 +102,7 @@ class Trainer:
         logvar = self.model.likelihood.logvar
         weights = [p for p in self.model.parameters() if p is not logvar]
         groups: list[dict[str, Any]] = [{"params": weights, "speed": 1.0}]
-        if isinstance(logvar, nn.Parameter):
+        if isinstance(logvar, nn.Parameter) and logvar.requires_grad:
             groups.append({"params": [logvar], "speed": SIGMA_SPEED})
         return groups
 
@@ -94,19 +111,26 @@ class Trainer:
         """Of the whole run."""
         return self.config.epochs * self.steps_per_epoch
 
-    def epochs(self) -> Iterator[Iterator[VAEOutput]]:
+    def epochs(self) -> Iterator[Iterator[Parts]]:
         """The epochs that remain, each as an iterator over its steps."""
         while self.progress.epoch < self.config.epochs:
             yield self._epoch()
 
-    def _epoch(self) -> Iterator[VAEOutput]:
+    def _epoch(self) -> Iterator[Parts]:
         started = time.perf_counter()
         epoch = self.progress.epoch
         totals = torch.zeros(2, dtype=torch.float64)
-        for x in self._batches(epoch):
-            out = self.step(x)
-            totals += torch.stack([out.kl.double().sum(), -out.log_likelihood.double().sum()]).cpu()
+        for x, numbers in self._batches(epoch):
+            out = self.step(x, numbers)
+            sums = out["kl"].double().sum(), -out["log_likelihood"].double().sum()
+            totals += torch.stack(sums).detach().cpu()
             yield out
+        if name := diagnosis.unusable_parameter(self.model):
+            raise TrainingError(
+                f"step {self.progress.step - 1}: the update made {name} unusable (not finite); a"
+                " lower --lr may help"
+            )
+        totals = torch.stack(self.ranks.gather_objects(totals)).sum(0)
         rate, distortion = (totals / (self.steps_per_epoch * self.config.batch_size)).tolist()
         distortion += self.images.nats_per_density
         row = {"epoch": epoch + 1, "step": self.progress.step, **self.evaluate()}
@@ -114,51 +138,90 @@ class Trainer:
             "train_elbo": -rate - distortion,
             "train_rate": rate,
             "train_distortion": distortion,
+            "beta": self.recipe.weight(self._price(self.progress.step - 1)),
         }
         row["seconds"] = round(time.perf_counter() - started, 2)
         self.progress.history.append(row)
         self.progress.epoch = epoch + 1
 
-    def _batches(self, epoch: int) -> Iterator[Tensor]:
-        """The images of one epoch in a random order; those that do not fill the last batch wait for
-        another epoch.
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of one epoch in a random order, and their numbers in the data set; those that
+        do not fill the last batch wait for another epoch. Of each batch, this rank's part.
         """
         size = self.config.batch_size
+        part = self.ranks.part(size)
         order = torch.randperm(len(self.images), generator=seeded(self.config.seed, SHUFFLE, epoch))
         for index in range(self.steps_per_epoch):
             with tracing.range("data"):
-                batch = self.images.select(order[index * size : (index + 1) * size])
-                x = batch.dequantise(seeded(self.config.seed, DEQUANTISE, self.progress.step))
-                x = x.to(self.device)
-            yield x
+                chosen = order[index * size : (index + 1) * size]
+                batch = self.images.select(chosen)
+                generator = seeded(self.config.seed, DEQUANTISE, self.progress.step)
+                x = batch.dequantise(generator, part).to(self.device)
+                numbers = chosen if batch.numbers is None else batch.numbers
+            yield x, numbers[part]
 
-    def step(self, x: Tensor) -> VAEOutput:
+    def step(self, x: Tensor, numbers: Tensor | None = None) -> Parts:
         """One update of the parameters.
 
+        Args:
+            x: this rank's part of the batch.
+            numbers: what an error calls its images; default: their places in the part.
+
         Raises:
-            TrainingError: the loss is not finite; nothing was updated.
+            TrainingError: the loss or its gradient is not finite; nothing was updated.
         """
         step = self.progress.step
+        size = self.config.batch_size
         key = self.key.fold_in(NOISE_TRAIN).fold_in(step)
+        rows = key.rows(self.ranks.part(size).start)
+        price = self._price(step)
+        before = self.recipe.state()
         self.model.train()
-        out = self._forward(x, key)
-        if not math.isfinite(out.loss.item()):
-            raise TrainingError(f"step {step}: {self._diagnose(x, key)}")
+        parts: Parts = self._run_model(x, rows, price)
+        loss = self.recipe.loss(parts, Batch(size, x[0].numel(), len(self.images), key, self.ranks))
+        names = list(range(len(x))) if numbers is None else numbers.tolist()
+        if self.ranks.any(~loss.detach().isfinite()):
+            self.recipe.restore(before)
+
+            def again() -> Parts:
+                with self._run_model.autocast():
+                    return self.recipe.parts(self.model, x, rows, price)
+
+            found = diagnosis.forward_pass(self.model, again, loss.item(), names)
+            self._fail("loss", found)
         with tracing.range("backward"):
             self.optimizer.zero_grad()
-            out.loss.backward()
+            # DistributedDataParallel averages over the ranks, the parts of the gradient add up.
+            (loss * self.ranks.size if self.ranks.size > 1 else loss).backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not norm.isfinite():
+            self.recipe.restore(before)
+
+            def alone(index: int) -> Tensor:
+                with self._run_model.autocast():
+                    out = self.model(x[index : index + 1], key=rows.rows(index))
+                alone_loss: Tensor = out.loss
+                return alone_loss
+
+            found = diagnosis.backward_pass(self.model, alone, norm.item(), names)
+            self.optimizer.zero_grad()
+            self._fail("gradient", found)
         with tracing.range("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * group["speed"] * self._schedule(step)
             self.optimizer.step()
+        self.recipe.advance(self.model)
         self.progress.step = step + 1
-        return out
+        return parts
 
-    def _forward(self, x: Tensor, key: NoiseKey) -> VAEOutput:
-        low = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
-            out: VAEOutput = self.model(x, key=key, beta=self.config.beta)
-        return out
+    def _fail(self, what: str, found: diagnosis.Finding) -> NoReturn:
+        findings = self.ranks.gather_objects(found)
+        text = diagnosis.message(what, findings, self.config.batch_size)
+        raise TrainingError(f"step {self.progress.step}: {text}")
+
+    def _price(self, step: int) -> float:
+        return self.recipe.price(self.config.beta_at(step), step)
 
     def _schedule(self, step: int) -> float:
         """Share of the full learning rate: a pure function of the step, so that resuming needs no
@@ -169,44 +232,18 @@ class Trainer:
             return (step + 1) / warm_up
         return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, self.total_steps - warm_up))
 
-    def _diagnose(self, x: Tensor, key: NoiseKey) -> str:
-        """Which layer first gave a number that is not finite."""
-        culprit: list[str] = []
-
-        def watch(name: str) -> Any:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                if isinstance(output, Tensor) and not culprit and not output.isfinite().all():
-                    culprit.append(name)
-
-            return hook
-
-        leaves = [(n, m) for n, m in self.model.named_modules() if not any(m.children())]
-        handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
-        try:
-            with torch.no_grad():
-                out = self._forward(x, key)
-        finally:
-            for handle in handles:
-                handle.remove()
-        rows = (~(out.elbo.isfinite())).nonzero().flatten().tolist()
-        where = f"first in layer {culprit[0]}" if culprit else "first in the loss itself"
-        return (
-            f"the loss became {out.loss.item()}, {where}, for {len(rows)} of {len(x)} images of the"
-            " batch; a lower --lr or another --variance may help"
-        )
-
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out averages in nats per stored image, with the same noise at every call."""
-        self.model.eval()
-        key = self.key.fold_in(NOISE_EVALUATE)
-        size = self.config.batch_size
-        parts = [
-            self._forward(x, key.rows(index * size))
-            for index, x in enumerate(self.x_held_out.split(size))
-        ]
-        rate = float(torch.cat([p.kl for p in parts]).double().mean())
-        distortion = -float(torch.cat([p.log_likelihood for p in parts]).double().mean())
+        """Held-out averages in nats per stored image, with the same noise at every call: the ELBO
+        and its parts, whatever was optimized.
+        """
+
+        def parts(x: Tensor, key: NoiseKey) -> Tensor:
+            with self._run_model.autocast():
+                out = self.model(x, key=key)
+            return torch.stack([out.kl, -out.log_likelihood], 1)
+
+        rate, distortion = self._held_out(parts).mean(0).tolist()
         distortion += self.images.nats_per_density
         elbo = -rate - distortion
         row = {"elbo": elbo, "rate": rate, "distortion": distortion}
@@ -217,14 +254,26 @@ class Trainer:
     @torch.no_grad()
     def log_prob(self, num_samples: int) -> float:
         """Held-out importance-weighted bound on log P(x), nats per stored image."""
+
+        def bound(x: Tensor, key: NoiseKey) -> Tensor:
+            return self.model.log_prob(x, num_samples, key=key, chunk=10)
+
+        return float(self._held_out(bound).mean()) - self.images.nats_per_density
+
+    def _held_out(self, measure: Callable[[Tensor, NoiseKey], Tensor]) -> Tensor:
+        """``[N, ...]`` float64: of every held-out image. Ranks take whole batches, so that their
+        number does not even change the rounding.
+        """
         self.model.eval()
         key = self.key.fold_in(NOISE_EVALUATE)
         size = self.config.batch_size
-        parts = [
-            self.model.log_prob(x, num_samples, key=key.rows(index * size), chunk=10)
-            for index, x in enumerate(self.x_held_out.split(size))
-        ]
-        return float(torch.cat(parts).double().mean()) - self.images.nats_per_density
+        batches = list(enumerate(self.x_held_out.split(size)))
+        mine = {
+            index: measure(x, key.rows(index * size)).double().cpu()
+            for index, x in batches[self.ranks.rank :: self.ranks.size]
+        }
+        found = {k: v for each in self.ranks.gather_objects(mine) for k, v in each.items()}
+        return torch.cat([found[index] for index, _ in batches])
 
     def sigma(self) -> float:
         """The decoder's standard deviation; nan where it differs from pixel to pixel."""
@@ -246,6 +295,7 @@ class Trainer:
             "step": self.progress.step,
             "epoch": self.progress.epoch,
             "history": self.progress.history,
+            "objective": self.recipe.state(),
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -259,6 +309,7 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.progress = Progress(state["step"], state["epoch"], state["history"])
+        self.recipe.restore(state.get("objective", {}))
 
 
 def load_model(model: VAE, tensors: dict[str, Tensor]) -> None:
