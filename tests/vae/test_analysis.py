@@ -122,7 +122,7 @@ def test_an_unused_dimension_is_not_active_and_costs_nothing() -> None:
     mean = torch.randn(500, 3, generator=g) * torch.tensor([1.0, 0.2, 0.0])
     logvar = torch.tensor([-4.0, -0.1, 0.0]).expand(500, 3)
     q = DiagonalGaussian(mean, logvar)
-    assert analysis.active_units(q) == 2
+    assert analysis.active_dimensions(q).tolist() == [True, True, False]
     kl = analysis.kl_per_dimension(q)
     assert kl[2] == 0
     torch.testing.assert_close(kl.sum(), q.kl().double().mean())
