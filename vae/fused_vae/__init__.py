@@ -2,6 +2,7 @@
 command line.
 """
 
+from .distortions import PerceptualDistortion, SSIMDistortion, compose
 from .flexible import FlexibleVAE
 from .flows import PlanarFlow
 from .hierarchy import HierarchicalVAE
@@ -19,10 +20,13 @@ __all__ = [
     "GaussianMixture",
     "HierarchicalVAE",
     "InverseAutoregressiveFlow",
+    "PerceptualDistortion",
     "PlanarFlow",
     "RealNVP",
+    "SSIMDistortion",
     "VAEOutput",
     "VampPrior",
+    "compose",
     "conv_decoder",
     "conv_encoder",
     "mlp_decoder",

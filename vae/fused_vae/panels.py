@@ -75,8 +75,8 @@ def _curves(history: Sequence[Row], summary: Row) -> Panel:
     linear = (
         f"; the model is {above:.0f} nats better than any linear one"
         if above > 0
-        else f"; the model is {-above:.0f} nats worse than the best linear one, so it was trained"
-        " too little, or its code is too dear"
+        else f"; the model is {-above:.0f} nats worse than the best linear one (it was trained too"
+        " little, or its code is too dear)"
     )
     overfit = (
         f", and {memory:.0f} nats better on the pictures it trained on, which is memory."
@@ -188,8 +188,13 @@ def _traversals(material: Material, result: Study) -> Panel:
         "One picture's code with a single dimension moved from -3 to 3, dimensions in the order of "
         "their share of the rate.",
         f"The first dimension ({nats[0]} nats) moves a pixel by {changes[0]:.3f} (root mean square"
-        f" over its row), the last one shown ({nats[1]} nats) by {changes[-1]:.3f}: the decoder can"
-        " only read what the encoder wrote and paid for.",
+        f" over its row), the last one shown ({nats[1]} nats) by {changes[-1]:.3f}: "
+        + (
+            "what the decoder reads is what the encoder wrote and paid for."
+            if informative(result)
+            else "no dimension says which picture it came from, and the decoder has learned to"
+            " expect little of them."
+        ),
         plots.rows_figure(rows),
     )
 
