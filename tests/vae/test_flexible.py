@@ -314,3 +314,18 @@ def test_importance_weighted_objectives_agree_with_log_prob(
     with torch.no_grad():
         bound = vae.log_weights(x, q.rsample(5, key=KEY), q).logsumexp(0) - math.log(5)
     torch.testing.assert_close(loss.detach(), -bound.mean())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_half_precision_keeps_nats_in_float32(
+    parts: tuple[nn.Linear, nn.Linear], x: Tensor, which: int
+) -> None:
+    """Under bfloat16 autocast the rate is that of float32, to the rounding of z."""
+    for prior in (mixture(), RealNVP(LATENT, 2, 4), VampPrior(parts[0], x[:2])):
+        vae = build(parts, some_flows()[which], prior).float()
+        with torch.no_grad():
+            full = vae(x.float(), key=KEY)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                low = vae(x.float(), key=KEY)
+        assert low.kl.dtype == torch.float32
+        torch.testing.assert_close(low.kl, full.kl, rtol=0.05, atol=0.1)

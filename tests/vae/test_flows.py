@@ -187,3 +187,16 @@ def test_iaf_step_is_the_gate_of_the_paper() -> None:
     expected = torch.tensor([[gate + (1 - gate) * 3.0, 0.5 * 2.0 - 0.5]], dtype=torch.float64)
     torch.testing.assert_close(z, expected)
     assert float(log_det.detach()) == pytest.approx(math.log(gate) + math.log(0.5))
+
+
+def test_order_of_the_dimensions_alternates() -> None:
+    """One step is triangular; after two, even the first dimension depends on the last."""
+    z = torch.randn(LATENT, dtype=torch.float64)
+    depends = []
+    for steps in (1, 2):
+        flow = scrambled(InverseAutoregressiveFlow(LATENT, steps, 8))
+        jacobian = torch.autograd.functional.jacobian(
+            lambda z, flow=flow: flow(z[None], torch.zeros(1, 1))[0][0], z
+        )
+        depends.append(bool(jacobian[0, -1] != 0))
+    assert depends == [False, True]

@@ -190,6 +190,14 @@ def test_real_nvp_log_determinant_is_that_of_the_jacobian() -> None:
         torch.testing.assert_close(log_det[row], jacobian.logdet())
 
 
+def test_couplings_together_change_every_dimension() -> None:
+    prior = RealNVP(5, 2, 8)
+    for parameter in prior.parameters():
+        nn.init.normal_(parameter)
+    z = torch.randn(3, 5)
+    assert (prior(z)[0] != z).all()
+
+
 def test_coupling_changes_only_its_half() -> None:
     for parity in (0, 1):
         coupling = AffineCoupling(5, 8, parity)
@@ -238,3 +246,13 @@ def test_standard_deviation_of_one_dimension_is_that_of_its_integral() -> None:
     )
     z = torch.linspace(-3, 3, 7, dtype=torch.float64)[:, None]
     torch.testing.assert_close(prior.log_prob(z), truth.log_prob(z)[:, 0])
+
+
+@torch.no_grad()
+def test_choice_of_a_component_and_the_place_in_it_are_independent() -> None:
+    prior = GaussianMixture(1, 2).double()
+    prior.mean.data = torch.tensor([[-100.0], [100.0]], dtype=torch.float64)
+    drawn = prior.sample(COUNT, key=KEY)[:, 0]
+    for center in (-100, 100):
+        offset = drawn[(drawn - center).abs() < 50] - center
+        assert abs(float(offset.mean())) < 4 / math.sqrt(len(offset))
