@@ -13,6 +13,9 @@ from .panels import Panel, Row
 from .study import Study
 
 TIMES = {"early": "after one epoch", "late": "at the end"}
+COLLAPSED = 0.1
+"""Nats of information below which a code is said to tell nothing."""
+
 OVERLAP_SHOWN = 1e-12
 """Where the axis of overlaps begins; bars of less have no height."""
 
@@ -64,9 +67,10 @@ def _retrieval(result: Study) -> Panel:
             f" not {n}, and the worry of the question is mostly right here"
         )
     else:
-        verdict = (
-            "so the code does not say which picture it came from: the posterior has collapsed, "
-            "and the worry of the question is right"
+        verdict = "so the code hardly says which picture it came from" + (
+            ": the posterior has collapsed, and the worry of the question is right"
+            if information < COLLAPSED
+            else ", and the worry of the question is right"
         )
     return Panel(
         "Would a sample for Bob decode to Alice?",
@@ -125,11 +129,12 @@ def _shuffled(result: Study) -> Panel:
     axes.barh(list(reversed(bars)), list(reversed(bars.values())), color="C3")
     axes.set_xlabel("distortion above that of the own code, nats")
     excess, cost = result.distortion_excess["other"], math.log(result.candidates)
+    price = f"{excess:.0f}" if excess >= 0.5 else "no"
     return Panel(
         "What a mix-up would cost",
         "How much the distortion grows when posteriors are shuffled, so that a picture is compared "
         "with what another picture's code decodes to.",
-        f"Mixing two pictures up costs {excess:.0f} nats, and telling {result.candidates} apart"
+        f"Mixing two pictures up costs {price} nats, and telling {result.candidates} apart"
         f" takes ln N = {cost:.1f}: "
         + (
             "the squared error between Bob and Alice is the force that keeps their codes apart."
@@ -197,20 +202,21 @@ def _residuals(result: Study, summary: Row) -> Panel:
     stated = "its own sigma per pixel" if math.isnan(sigma) else f"sigma = {sigma:.3f}"
     size = "about as large as it says"
     if rms < 0.9:
-        size = "smaller than it says, so sigma is too large (a learned one was still falling)"
+        size = "smaller than it says, so sigma is larger than it should be"
     elif rms > 1.1:
         size = "larger than it says, so sigma is too small for pictures it has not seen"
+    shape = ", and their tails are those of a normal curve or lighter"
+    if tails > 4:
+        shape = "; the tall peak and the long tails say that " + (
+            "the noise of a pixel is not normal"
+            if math.isnan(sigma)
+            else "one sigma is too large for the background and too small for edges"
+        )
     return Panel(
         "Is the noise what the decoder says?",
         "Residuals of held-out pixels in units of what the decoder assumes "
         f"({stated}), beside the normal curve that it assumes.",
-        f"Their root mean square is {rms:.2f}, {size}"
-        + (
-            "; the tall peak and the long tails say that one sigma is too large for the "
-            "background and too small for edges."
-            if tails > 4
-            else ", and their tails are those of a normal curve or lighter."
-        ),
+        f"Their root mean square is {rms:.2f}, {size}{shape}.",
         figure,
     )
 

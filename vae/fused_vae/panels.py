@@ -44,8 +44,8 @@ def what_it_learned(
     """The curves, and what codes decode to."""
     return [
         _curves(history, summary),
-        _reconstructions(material, result),
-        _posterior_beside_prior(material),
+        _reconstructions(material),
+        _posterior_beside_prior(material, result),
         _interpolations(material, result),
         _traversals(material, result),
         _dimensions(result),
@@ -69,11 +69,11 @@ def _curves(history: Sequence[Row], summary: Row) -> Panel:
         f"The rate went from {first['rate']:.1f} to {last['rate']:.1f} nats, since the encoder"
         " writes what saves more distortion than it costs and nothing else"
         if last["rate"] >= 0.5
-        else f"The rate ended at {last['rate']:.1f} nats, since at this price nothing that the"
-        " encoder could write saves as much distortion as it costs"
+        else f"The rate ended at {last['rate']:.1f} nats, since the encoder has found next to"
+        " nothing to write that saves as much distortion as it costs"
     )
     linear = (
-        f"; the model is {above:.0f} nats better than any linear one"
+        f"; the model is {above:.0f} nats better than the best linear one"
         if above > 0
         else f"; the model is {-above:.0f} nats worse than the best linear one (it was trained too"
         " little, or its code is too dear)"
@@ -94,27 +94,23 @@ def _curves(history: Sequence[Row], summary: Row) -> Panel:
 
 
 @torch.no_grad()
-def _reconstructions(material: Material, result: Study) -> Panel:
+def _reconstructions(material: Material) -> Panel:
     x = material.x[: min(16, material.queries)]
     restored = material.model.reconstruct(x)
-    error = f"They are off by {_rms(x - restored):.2f} per pixel (root mean square, on a scale from"
+    moved = [f"{_rms(pictures - pictures.mean(0)):.2f}" for pictures in (restored, x)]
     return Panel(
         "Reconstructions",
         "Pictures the model has never trained on, and below each what its code decodes to.",
-        error
-        + (
-            " 0, black, to 1, white): what is gone was cheaper to leave to the noise of the"
-            " decoder than to write into the code."
-            if informative(result)
-            else " 0, black, to 1, white), because all codes decode to nearly the same average"
-            " picture."
-        ),
+        f"They are off by {_rms(x - restored):.2f} per pixel (root mean square, on a scale from 0,"
+        f" black, to 1, white) and differ from each other by {moved[0]} where the originals differ"
+        f" by {moved[1]}: what is gone was cheaper to leave to the noise of the decoder than to"
+        " write into the code.",
         plots.reconstructions_figure(x, restored),
     )
 
 
 @torch.no_grad()
-def _posterior_beside_prior(material: Material) -> Panel:
+def _posterior_beside_prior(material: Material, result: Study) -> Panel:
     columns, model = 10, material.model
     rows: list[tuple[str, Tensor]] = []
     for index in range(min(3, material.queries)):
@@ -129,43 +125,48 @@ def _posterior_beside_prior(material: Material) -> Panel:
         rows.append(("z ~ prior", drawn))
     one = _rms(torch.cat([p[1:-1] - p[2:] for label, p in rows if label != "z ~ prior"]))
     prior = _rms(torch.cat([p[:-1] - p[1:] for label, p in rows if label == "z ~ prior"]))
+    narrow = one < ALIKE * prior
+    meaning = "the code says little about its picture."
+    if narrow:
+        meaning = (
+            "each posterior is a small region of its own, although training pulled every one of"
+            " them toward the prior."
+            if informative(result)
+            else "a code narrows its picture down without fixing it."
+        )
     return Panel(
         "Samples of one posterior, beside samples of the prior",
         "In the upper rows the first picture is an original and the others are decoded from "
         "different samples of its posterior; the lower rows are decoded from the prior.",
         f"Two samples of one posterior decode to pictures that differ by {one:.3f} per pixel, two"
-        f" of the prior by {prior:.3f}: "
-        + (
-            "each posterior is a small region of its own, although training pulled every one of"
-            " them toward the prior."
-            if one < ALIKE * prior
-            else "the code says little about its picture."
-        ),
+        f" of the prior by {prior:.3f}: {meaning}",
         plots.rows_figure(rows),
     )
 
 
 @torch.no_grad()
 def _interpolations(material: Material, result: Study) -> Panel:
-    rows, differences = [], []
+    rows, ends, halfway = [], [], []
     for index in range(min(4, material.queries // 2)):
         a, b = 2 * index, 2 * index + 1
         share = torch.linspace(0, 1, 9)[:, None]
         between = material.q.mean[a] * (1 - share) + material.q.mean[b] * share
         drawn = material.model.decode(between)[0]
-        differences.append(drawn[4] - (drawn[0] + drawn[-1]) / 2)
+        ends.append(drawn[0] - drawn[-1])
+        halfway.append(drawn[4] - (drawn[0] + drawn[-1]) / 2)
         rows.append(("", torch.cat([material.x[a : a + 1], drawn, material.x[b : b + 1]])))
-    off = _rms(torch.stack(differences))
+    change, off = _rms(torch.stack(ends)), _rms(torch.stack(halfway))
     return Panel(
         "From one picture to another",
         "The outermost pictures are originals, and between them is what lies on the straight line "
         "from the code of one to the code of the other.",
-        (
-            f"Halfway, the pictures differ by {off:.2f} per pixel from their two ends faded into"
-            " each other: shapes change on the way, because the KL made the encoder fill the space"
-            " between its codes."
+        f"From one end to the other the decoded pictures change by {change:.2f} per pixel, and"
+        f" halfway they are {off:.2f} away from both ends faded into each other: "
+        + (
+            "shapes change on the way, because the KL made the encoder fill the space between its"
+            " codes."
             if informative(result)
-            else "There is nothing to see on the way, because all codes are nearly the same."
+            else "the code says too little for much to be seen on the way."
         ),
         plots.rows_figure(rows),
     )
@@ -192,8 +193,8 @@ def _traversals(material: Material, result: Study) -> Panel:
         + (
             "what the decoder reads is what the encoder wrote and paid for."
             if informative(result)
-            else "no dimension says which picture it came from, and the decoder has learned to"
-            " expect little of them."
+            else "the decoder can only show what the encoder wrote, and here that does not tell"
+            " two pictures apart."
         ),
         plots.rows_figure(rows),
     )
@@ -211,8 +212,8 @@ def _dimensions(result: Study) -> Panel:
     axes.set(xlabel="latent dimension", ylabel="KL to N(0, 1), nats")
     used, rest = int(active.sum()), int((~active).sum())
     idle = (
-        f", and the other {rest} (gray) lie on the prior and cost {float(kl[~active].sum()):.2f}"
-        " nats together"
+        f", and the other {rest} (gray) say nothing and cost {float(kl[~active].sum()):.2f} nats"
+        " together"
         if rest
         else ""
     )
