@@ -8,6 +8,7 @@ prior exactly, and the rate is the information, I(x; z) = d/2 ln(1 + snr).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_elbo import NoiseKey
-from fused_vae import VAE, GaussianLikelihood, analysis, study
+from fused_vae import VAE, GaussianLikelihood, analysis, answers, study
 from fused_vae.config import TrainConfig
 from fused_vae.data import Images
 
@@ -136,3 +137,25 @@ def test_mix_up_and_residuals_cost_what_the_model_says(tmp_path: Path) -> None:
     expected = LATENT * math.expm1(2 * information / LATENT)
     assert values["distortion_excess_other"] == pytest.approx(expected, rel=0.1)
     assert values["residual_rms"] == pytest.approx(1, abs=4 / math.sqrt(2 * QUERIES * PIXELS))
+
+
+@pytest.mark.parametrize(
+    ("information", "beta_has_won", "retrieval", "naming"),
+    [
+        (40.0, False, "compares the right pair", "where the lower bound stops"),
+        (9.0, False, "the worry of the question is partly justified", "cannot exceed ln 2000"),
+        (2.0, False, "tells two pictures apart", "must be confused"),
+        (40.0, True, "the posterior has collapsed", "at least 0.0 and at most 0.0"),
+    ],
+)
+def test_sentences_follow_the_information(
+    tmp_path: Path, information: float, beta_has_won: bool, retrieval: str, naming: str
+) -> None:
+    result = study.measure(tmp_path / "no-checkpoints", material(information, beta_has_won))
+    result = replace(result, overlap={"late": analysis.Overlap(math.nan, 0.5)})
+    summary = {"sigma": 0.1}
+    panels = answers.why_it_works(result, summary)
+    assert retrieval in panels[0].meaning
+    assert naming in panels[1].shown + panels[1].meaning
+    line = [line.get_label() for line in panels[0].figure.axes[0].lines]
+    assert any("I(x; z)" in str(label) for label in line) == (information == 2.0)
