@@ -16,8 +16,8 @@ TIMES = {"early": "after one epoch", "late": "at the end"}
 COLLAPSED = 0.1
 """Nats of information below which a code is said to tell nothing."""
 
-OVERLAP_SHOWN = 1e-12
-"""Where the axis of overlaps begins; bars of less have no height."""
+OVERLAP_SHOWN = 1e-100
+"""The least overlap that a bar can show."""
 
 
 def why_it_works(result: Study, summary: Row) -> list[Panel]:
@@ -152,12 +152,13 @@ def _overlap(result: Study) -> Panel:
     labels = {"within": "one class", "between": "different classes"}
     if any(math.isnan(overlap.within) for overlap in result.overlap.values()):
         labels = {"between": "any two pictures"}
-    width = 0.76 / len(labels)
+    width, least = 0.76 / len(labels), 0.1
     for place, (kind, label) in enumerate(labels.items()):
         values = [max(getattr(result.overlap[name], kind), OVERLAP_SHOWN) for name in names]
+        least = min(least, *values)
         offset = (place - (len(labels) - 1) / 2) * width
         axes.bar([i + offset for i in range(len(names))], values, 0.95 * width, label=label)
-    axes.set(yscale="log", ylim=(OVERLAP_SHOWN, 2), ylabel="mean overlap of two posteriors")
+    axes.set(yscale="log", ylim=(least / 10, 2), ylabel="mean overlap of two posteriors")
     axes.set_xticks(range(len(names)), [TIMES[name] for name in names])
     axes.legend(frameon=False)
     late = result.overlap["late"].between
