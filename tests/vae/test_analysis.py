@@ -51,6 +51,12 @@ def test_bounds_enclose_the_mutual_information(information: float) -> None:
     assert float(q.kl().mean()) == pytest.approx(information, abs=error)  # rate = I here
 
 
+def test_equal_posteriors_have_no_information_by_either_bound() -> None:
+    bounds = analysis.mutual_information(torch.full((2, 3), -1.7).double(), torch.tensor([0, 2]))
+    assert bounds.lower == pytest.approx(0, abs=1e-12)
+    assert bounds.upper == pytest.approx(0, abs=1e-12)  # the mean of the two others
+
+
 def test_lower_bound_stops_at_ln_n_and_the_rate_goes_on() -> None:
     q, z = channel(30.0)
     bounds = analysis.mutual_information(analysis.cross_log_density(z, q.mean, q.logvar), OWN)
@@ -122,7 +128,7 @@ def test_an_unused_dimension_is_not_active_and_costs_nothing() -> None:
     mean = torch.randn(500, 3, generator=g) * torch.tensor([1.0, 0.2, 0.0])
     logvar = torch.tensor([-4.0, -0.1, 0.0]).expand(500, 3)
     q = DiagonalGaussian(mean, logvar)
-    assert analysis.active_units(q) == 2
+    assert analysis.active_dimensions(q).tolist() == [True, True, False]
     kl = analysis.kl_per_dimension(q)
     assert kl[2] == 0
     torch.testing.assert_close(kl.sum(), q.kl().double().mean())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_vae import study
+from fused_vae import plots, study
 from fused_vae.cli import main
 
 TRAIN = [
@@ -66,8 +66,27 @@ def test_every_figure_says_what_is_shown_and_what_it_means(run: Path) -> None:
     page = (run / "report.html").read_text()
     captions = re.findall(r"<figcaption><p>(.+?)</p><p><b>(.+?)</b></p></figcaption>", page)
     assert len(captions) == 11
-    assert all(len(shown) > 30 and len(meaning) > 30 for shown, meaning in captions)
+    for sentence in (text for caption in captions for text in caption):
+        assert len(sentence) > 30
+        assert len(re.findall(r"[.!?](?:\s|$)", sentence)) == 1, sentence
     assert "nan" not in " ".join(meaning for _, meaning in captions)
+
+
+def test_the_cap_of_the_lower_bound_is_stated_whatever_it_is(run: Path, collapsed: Path) -> None:
+    for folder in (run, collapsed):
+        assert "cannot exceed ln 1797 = 7.5 nats" in (folder / "report.html").read_text()
+
+
+def test_labels_of_picture_rows_lie_inside_the_figure() -> None:
+    images = torch.rand(3, 1, 8, 5)
+    figure = plots.rows_figure([("z ~ q(z | first)", images), ("z10: 12.3 nats", images[:2])])
+    figure.canvas.draw()
+    frame = figure.bbox
+    for axes in figure.axes:
+        (text,) = axes.texts
+        box = text.get_window_extent()
+        assert frame.x0 <= box.x0 < box.x1 <= axes.bbox.x0
+        assert frame.y0 <= axes.bbox.y0 < axes.bbox.y1 <= frame.y1
 
 
 def test_retrieval_information_and_rate_agree_where_codes_inform(run: Path) -> None:
@@ -96,6 +115,9 @@ def test_retrieval_is_chance_and_the_page_says_so_where_the_posterior_has_collap
     page = (collapsed / "report.html").read_text()
     assert "the posterior has collapsed" in page
     assert "the force that keeps" not in page
+    assert "must be confused" in page
+    assert "0 of 6 dimensions are in use" in page
+    assert "Training weighted the rate with beta" in page
 
 
 def test_summary_and_report_measure_the_same_rate(run: Path) -> None:

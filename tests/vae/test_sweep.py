@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 
 from fused_vae.cli import main
+from fused_vae.sweep import panels
 
 OPTIONS = [
     "digits",
@@ -54,7 +56,27 @@ def test_the_page_says_where_retrieval_collapses(sweep: Path) -> None:
     page = (sweep / "sweep.html").read_text()
     assert page.count("<figure>") == 2
     assert "At beta = 300 the rate is 0.0 nats" in page
-    assert "is at beta = 1." in page
+    assert "is at beta = 1:" in page
+    captions = re.findall(r"<figcaption><p>(.+?)</p><p><b>(.+?)</b></p></figcaption>", page)
+    for sentence in (text for caption in captions for text in caption):
+        assert len(re.findall(r"[.!?](?:\s|$)", sentence)) == 1
+
+
+def test_a_sweep_of_models_that_learned_nothing_says_so() -> None:
+    row = {
+        "elbo": -187.0,
+        "rate": 0.1,
+        "distortion": 186.9,
+        "baseline_log_prob": -161.0,
+        "candidates": 100,
+        "retrieval": 0.0,
+        "match": 0.01,
+    }
+    rate_distortion, collapse = panels([{**row, "beta": beta} for beta in (1.0, 10.0)])
+    assert "26.0 nats below the best linear model" in rate_distortion.meaning
+    assert "At beta = 1 the rate is 0.1 nats" in collapse.meaning
+    labels = [text.get_text() for text in rate_distortion.figure.axes[0].texts]
+    assert labels == ["beta 1, 10"]  # one label where points coincide
 
 
 def test_runs_that_exist_are_kept(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

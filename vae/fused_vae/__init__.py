@@ -2,13 +2,31 @@
 command line.
 """
 
-from .model import VAE, GaussianLikelihood, VAEOutput
+from .distortions import PerceptualDistortion, SSIMDistortion, compose
+from .flexible import FlexibleVAE
+from .flows import PlanarFlow
+from .hierarchy import HierarchicalVAE
+from .iaf import InverseAutoregressiveFlow
+from .likelihoods import GaussianLikelihood
+from .model import VAE, VAEOutput
 from .networks import conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
+from .priors import GaussianMixture, VampPrior
+from .real_nvp import RealNVP
 
 __all__ = [
     "VAE",
+    "FlexibleVAE",
     "GaussianLikelihood",
+    "GaussianMixture",
+    "HierarchicalVAE",
+    "InverseAutoregressiveFlow",
+    "PerceptualDistortion",
+    "PlanarFlow",
+    "RealNVP",
+    "SSIMDistortion",
     "VAEOutput",
+    "VampPrior",
+    "compose",
     "conv_decoder",
     "conv_encoder",
     "mlp_decoder",

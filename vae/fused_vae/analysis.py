@@ -102,9 +102,11 @@ def kl_per_dimension(q: DiagonalGaussian) -> Tensor:
     return gaussian_kl(q.mean, q.logvar, reduction="none").double().mean(0)
 
 
-def active_units(q: DiagonalGaussian) -> int:
-    """How many latent dimensions carry something: Var_x E[z_d|x] above `ACTIVE_VARIANCE`."""
-    return int((q.mean.double().var(0) > ACTIVE_VARIANCE).sum())
+def active_dimensions(q: DiagonalGaussian) -> Tensor:
+    """``[latent]`` bool: which dimensions carry something, Var_x E[z_d|x] above
+    `ACTIVE_VARIANCE`.
+    """
+    return q.mean.double().var(0) > ACTIVE_VARIANCE
 
 
 def bhattacharyya(q: DiagonalGaussian) -> Tensor:

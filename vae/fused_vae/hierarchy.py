@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fused_elbo import NoiseKey, elbo_loss, reparameterize, reparameterize_kl, tracing
 
-from .model import GaussianLikelihood
+from .likelihoods import GaussianLikelihood
 from .networks import ImageShape
 
 

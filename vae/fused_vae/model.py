@@ -11,7 +11,7 @@ All of them are in nats per image, never averaged over pixels or latent dimensio
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from fused_elbo import (
     tracing,
 )
 
-Variance = Literal["unit", "fixed", "learned", "predicted"]
+from .likelihoods import GaussianLikelihood, Variance
+
+__all__ = ["VAE", "GaussianLikelihood", "VAEOutput", "Variance"]
 
 
 class VAEOutput(NamedTuple):
@@ -40,68 +42,6 @@ class VAEOutput(NamedTuple):
     def elbo(self) -> Tensor:
         """[B]: log_likelihood - kl, whatever the beta that was trained with."""
         return self.log_likelihood - self.kl
-
-
-class GaussianLikelihood(nn.Module):
-    """p(x|z) = N(mean, variance), with one of four ways to choose the variance.
-
-    ``unit``
-        Variance 1: minus the log-likelihood is half the summed squared error plus a constant.
-    ``fixed``
-        ``sigma**2`` everywhere. Equals ``unit`` with beta = sigma**2 up to scale, so a fixed sigma
-        is a choice of beta.
-    ``learned``
-        One sigma for the whole data set, trained with the rest; its optimum is the root-mean-square
-        residual (sigma-VAE, arXiv:2006.13202).
-    ``predicted``
-        The decoder gives a log-variance beside each mean: it needs ``outputs`` = 2 numbers per
-        pixel.
-
-    Args:
-        variance: which of the four.
-        sigma: the standard deviation that ``fixed`` keeps and ``learned`` starts from.
-        bounded: pixels lie in [0, 1], and so does the mean: what the decoder gives for it goes
-            through a sigmoid.
-        floor: the least sigma that ``predicted`` may give, e.g. the rounding error of the pixels.
-            Without it the density
-            of a constant pixel has no upper bound.
-    """
-
-    def __init__(
-        self,
-        variance: Variance = "learned",
-        sigma: float = 0.25,
-        *,
-        bounded: bool = False,
-        floor: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if variance not in get_args(Variance):
-            raise ValueError(f"variance must be one of {get_args(Variance)}, got {variance!r}")
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"sigma must be positive, got {sigma}")
-        self.variance = variance
-        self.bounded = bounded
-        self.floor = floor
-        self.logvar: nn.Parameter | float | None = None
-        if variance == "fixed":
-            self.logvar = 2 * math.log(sigma)
-        elif variance == "learned":
-            self.logvar = nn.Parameter(torch.tensor(2 * math.log(sigma)))
-
-    @property
-    def outputs(self) -> int:
-        """How many numbers per pixel the decoder must give."""
-        return 2 if self.variance == "predicted" else 1
-
-    def forward(self, decoded: Tensor) -> tuple[Tensor, Tensor | float | None]:
-        """Split what the decoder gave into mean and log-variance (None: unit variance)."""
-        mean = decoded
-        logvar: Tensor | float | None = self.logvar
-        if self.variance == "predicted":
-            mean, spread = decoded.chunk(2, dim=1)
-            logvar = spread.clamp(min=2 * math.log(self.floor)) if self.floor > 0 else spread
-        return (mean.sigmoid() if self.bounded else mean), logvar
 
 
 class VAE(nn.Module):
@@ -136,6 +76,12 @@ class VAE(nn.Module):
             mean, logvar = self.likelihood(self.decoder(z))
         return mean, logvar
 
+    def sample_kl(self, x: Tensor, *, key: NoiseKey | None = None) -> tuple[Tensor, Tensor]:
+        """z ~ q(z|x) ``[B, latent]`` and KL(q(z|x) || p(z)) ``[B]`` nats, both with gradients."""
+        q = self.encode(x)
+        with tracing.range("latent"):
+            return q.sample_kl(key=key)
+
     def forward(
         self, x: Tensor, *, key: NoiseKey | None = None, beta: float | Tensor = 1.0
     ) -> VAEOutput:
@@ -147,9 +93,7 @@ class VAE(nn.Module):
                 generator.
             beta: weight of the KL in the loss (beta-VAE; 1 is the ELBO).
         """
-        q = self.encode(x)
-        with tracing.range("latent"):
-            z, kl = q.sample_kl(key=key)
+        z, kl = self.sample_kl(x, key=key)
         mean, logvar = self.decode(z)
         with tracing.range("likelihood"):
             loss, log_likelihood, kl = elbo_loss(mean, x, kl=kl, recon_logvar=logvar, beta=beta)
@@ -190,9 +134,13 @@ class VAE(nn.Module):
 
     def log_weights(self, x: Tensor, z: Tensor, q: DiagonalGaussian) -> Tensor:
         """log p(x, z_k) - log q(z_k|x) of samples ``[K, B, *latent]``, ``[K, B]`` nats."""
+        log_prior = gaussian_log_likelihood(z, torch.zeros_like(q.mean))
+        return self.log_likelihood(x, z) + log_prior - q.log_prob(z)
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x|z_k) of samples ``[K, B, *latent]``, ``[K, B]`` nats."""
         mean, logvar = self.decode(z.flatten(0, 1))
         mean = mean.unflatten(0, z.shape[:2])
         if isinstance(logvar, Tensor) and logvar.dim() > 0:
             logvar = logvar.unflatten(0, z.shape[:2])
-        log_prior = gaussian_log_likelihood(z, torch.zeros_like(q.mean))
-        return gaussian_log_likelihood(x, mean, logvar) + log_prior - q.log_prob(z)
+        return gaussian_log_likelihood(x, mean, logvar)

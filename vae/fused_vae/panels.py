@@ -1,8 +1,9 @@
-"""The figures of the report, each with two sentences: what is shown, and what it means here."""
+"""The first chapter of the report: what the model learned. Each figure has two sentences, what is
+shown and what it means here, and the second is chosen by what was measured.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,13 +14,18 @@ from torch import Tensor
 from fused_elbo import DiagonalGaussian
 
 from . import plots
+from .analysis import ACTIVE_VARIANCE
 from .study import Material, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, float]
-TIMES = {"early": "after one epoch", "late": "at the end"}
+
+ALIKE = 0.5
+"""Pictures of one posterior are alike where they differ by less than this share of what pictures
+from the prior differ by.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,28 +52,43 @@ def what_it_learned(
     ]
 
 
-def why_it_works(result: Study, summary: Row) -> list[Panel]:
-    """The answer to the newcomer's question, in numbers."""
-    return [
-        _retrieval(result),
-        _information(result),
-        _shuffled(result),
-        _overlap(result),
-        _residuals(result, summary),
-    ]
+def informative(result: Study) -> bool:
+    """Whether a code says which of two pictures it came from."""
+    return result.retrieval(2) > 0.95
+
+
+def _rms(difference: Tensor) -> float:
+    return float(difference.square().mean().sqrt())
 
 
 def _curves(history: Sequence[Row], summary: Row) -> Panel:
     first, last = history[0], history[-1]
+    above = last["elbo"] - summary["baseline_log_prob"]
+    memory = last["train_elbo"] - last["elbo"]
+    rate = (
+        f"The rate went from {first['rate']:.1f} to {last['rate']:.1f} nats, since the encoder"
+        " writes what saves more distortion than it costs and nothing else"
+        if last["rate"] >= 0.5
+        else f"The rate ended at {last['rate']:.1f} nats, since the encoder has found next to"
+        " nothing to write that saves as much distortion as it costs"
+    )
+    linear = (
+        f"; the model is {above:.0f} nats better than the best linear one"
+        if above > 0
+        else f"; the model is {-above:.0f} nats worse than the best linear one (it was trained too"
+        " little, or its code is too dear)"
+    )
+    overfit = (
+        f", and {memory:.0f} nats better on the pictures it trained on, which is memory."
+        if memory >= 1
+        else ", and as good on new pictures as on those it trained on."
+    )
     return Panel(
         "Learning curves",
         "The evidence lower bound (ELBO) and the two parts it is made of, after every epoch: the "
         "rate, nats spent on the code, and the distortion, nats still missing once the code is "
-        "known.",
-        f"The rate went from {first['rate']:.1f} to {last['rate']:.1f} nats: the encoder writes"
-        " what saves more distortion than it costs, and nothing else. The dashed line is the best"
-        " that a linear model of the same size can do; a training curve above the held-out one is"
-        " memory, not understanding.",
+        "known; the dashed line is the best linear model with as many latent dimensions.",
+        rate + linear + overfit,
         plots.curves_figure(history, summary["baseline_log_prob"]),
     )
 
@@ -75,18 +96,17 @@ def _curves(history: Sequence[Row], summary: Row) -> Panel:
 @torch.no_grad()
 def _reconstructions(material: Material) -> Panel:
     x = material.x[: min(16, material.queries)]
+    restored = material.model.reconstruct(x)
+    moved = [f"{_rms(pictures - pictures.mean(0)):.2f}" for pictures in (restored, x)]
     return Panel(
         "Reconstructions",
         "Pictures the model has never trained on, and below each what its code decodes to.",
-        "What is gone (a texture, a hook at the end of a stroke) was cheaper to leave to the noise "
-        "of the decoder than to write into the code.",
-        plots.reconstructions_figure(x, material.model.reconstruct(x)),
+        f"They are off by {_rms(x - restored):.2f} per pixel (root mean square, on a scale from 0,"
+        f" black, to 1, white) and differ from each other by {moved[0]} where the originals differ"
+        f" by {moved[1]}: what is gone was cheaper to leave to the noise of the decoder than to"
+        " write into the code.",
+        plots.reconstructions_figure(x, restored),
     )
-
-
-def _informative(result: Study) -> bool:
-    """Whether a code says which of two pictures it came from."""
-    return result.retrieval(2) > 0.95
 
 
 @torch.no_grad()
@@ -103,42 +123,50 @@ def _posterior_beside_prior(material: Material, result: Study) -> Panel:
     for index in range(3):
         drawn = model.sample(columns, latent, key=material.key.fold_in(20 + index))
         rows.append(("z ~ prior", drawn))
+    one = _rms(torch.cat([p[1:-1] - p[2:] for label, p in rows if label != "z ~ prior"]))
+    prior = _rms(torch.cat([p[:-1] - p[1:] for label, p in rows if label == "z ~ prior"]))
+    narrow = one < ALIKE * prior
+    meaning = "the code says little about its picture."
+    if narrow:
+        meaning = (
+            "each posterior is a small region of its own, although training pulled every one of"
+            " them toward the prior."
+            if informative(result)
+            else "a code narrows its picture down without fixing it."
+        )
     return Panel(
         "Samples of one posterior, beside samples of the prior",
         "In the upper rows the first picture is an original and the others are decoded from "
         "different samples of its posterior; the lower rows are decoded from the prior.",
-        (
-            "All samples of one posterior are the same picture up to details, and unlike a random"
-            " draw from the prior: each posterior is a small region of its own, although training"
-            " pulled every one of them toward the prior."
-            if _informative(result)
-            else (
-                "Samples of one posterior differ as much as draws from the prior do: the code says "
-                "little about its picture."
-            )
-        ),
+        f"Two samples of one posterior decode to pictures that differ by {one:.3f} per pixel, two"
+        f" of the prior by {prior:.3f}: {meaning}",
         plots.rows_figure(rows),
     )
 
 
 @torch.no_grad()
 def _interpolations(material: Material, result: Study) -> Panel:
-    rows = []
+    rows, ends, halfway = [], [], []
     for index in range(min(4, material.queries // 2)):
         a, b = 2 * index, 2 * index + 1
         share = torch.linspace(0, 1, 9)[:, None]
         between = material.q.mean[a] * (1 - share) + material.q.mean[b] * share
         drawn = material.model.decode(between)[0]
+        ends.append(drawn[0] - drawn[-1])
+        halfway.append(drawn[4] - (drawn[0] + drawn[-1]) / 2)
         rows.append(("", torch.cat([material.x[a : a + 1], drawn, material.x[b : b + 1]])))
+    change, off = _rms(torch.stack(ends)), _rms(torch.stack(halfway))
     return Panel(
         "From one picture to another",
         "The outermost pictures are originals, and between them is what lies on the straight line "
         "from the code of one to the code of the other.",
-        (
-            "Halfway there are pictures, not two pictures faded into each other, because the KL"
-            " made the encoder use the space between its codes."
-            if _informative(result)
-            else "There is nothing to see on the way: all codes are nearly the same."
+        f"From one end to the other the decoded pictures change by {change:.2f} per pixel, and"
+        f" halfway they are {off:.2f} away from both ends faded into each other: "
+        + (
+            "shapes change on the way, because the KL made the encoder fill the space between its"
+            " codes."
+            if informative(result)
+            else "the code says too little for much to be seen on the way."
         ),
         plots.rows_figure(rows),
     )
@@ -148,18 +176,26 @@ def _interpolations(material: Material, result: Study) -> Panel:
 def _traversals(material: Material, result: Study) -> Panel:
     order = result.kl_per_dimension.argsort(descending=True)[:10].tolist()
     values = torch.linspace(-3, 3, 11)
-    rows = []
+    rows, changes = [], []
     for dimension in order:
         z = material.q.mean[0].expand(len(values), -1).clone()
         z[:, dimension] = values
-        label = f"z{dimension}: {result.kl_per_dimension[dimension]:.1f} nats"
-        rows.append((label, material.model.decode(z)[0]))
+        drawn = material.model.decode(z)[0]
+        changes.append(_rms(drawn - drawn.mean(0)))
+        rows.append((f"z{dimension}: {result.kl_per_dimension[dimension]:.1f} nats", drawn))
+    nats = [f"{float(result.kl_per_dimension[order[i]]):.1f}" for i in (0, -1)]
     return Panel(
         "What each latent dimension does",
         "One picture's code with a single dimension moved from -3 to 3, dimensions in the order of "
         "their share of the rate.",
-        "Dimensions at the top change the picture most; one with a rate near zero would change "
-        "nothing, since the decoder cannot read what the encoder did not write.",
+        f"The first dimension ({nats[0]} nats) moves a pixel by {changes[0]:.3f} (root mean square"
+        f" over its row), the last one shown ({nats[1]} nats) by {changes[-1]:.3f}: "
+        + (
+            "what the decoder reads is what the encoder wrote and paid for."
+            if informative(result)
+            else "the decoder can only show what the encoder wrote, and here that does not tell"
+            " two pictures apart."
+        ),
         plots.rows_figure(rows),
     )
 
@@ -167,173 +203,25 @@ def _traversals(material: Material, result: Study) -> Panel:
 def _dimensions(result: Study) -> Panel:
     figure = plots.new_figure(8, 3)
     axes = figure.subplots()
-    kl = result.kl_per_dimension.sort(descending=True).values
-    axes.bar(range(len(kl)), kl.tolist())
-    axes.set(xlabel="latent dimension, sorted", ylabel="KL to N(0, 1), nats")
-    return Panel(
-        "Active units",
-        "The rate, dimension by dimension.",
-        f"{result.active} of {len(kl)} dimensions are in use (their posterior mean moves with the "
-        "picture); the others, if any, lie on the prior and cost nothing.",
-        figure,
-    )
-
-
-def _retrieval(result: Study) -> Panel:
-    counts = _powers(result.candidates)
-    figure = plots.new_figure(8, 4)
-    axes = figure.subplots()
-    axes.plot(counts, [result.retrieval(n) for n in counts], marker="o", label="densest posterior")
-    axes.plot(counts, [result.match(n) for n in counts], marker="s", label="nearest picture")
-    axes.plot(counts, [1 / n for n in counts], "k:", label="chance, 1/N")
-    axes.set(xscale="log", xlabel="candidates N", ylabel="own picture wins", ylim=(-0.03, 1.05))
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    n = result.candidates
-    share, match = result.retrieval(n), result.match(n)
-    if share > 0.9:
-        verdict = (
-            "so a sample for Bob practically never means Alice, and comparing its decoding with"
-            " Bob's own pixels compares the right pair"
-        )
-    elif share > 3 / n and share > 0.1:
-        verdict = "so posteriors overlap, and the worry of the question is partly justified here"
-    else:
-        verdict = (
-            "so the code does not say which picture it came from: the posterior has collapsed, "
-            "and the worry of the question is right"
-        )
-    return Panel(
-        "Would a sample for Bob decode to Alice?",
-        "For z drawn from the posterior of one picture: how often its density is highest under"
-        " that very posterior, and how often its decoding is nearer to that very picture, among up"
-        f" to {n} candidates.",
-        f"Among {n} candidates the right posterior wins in {share:.1%} and the right picture in "
-        f"{match:.1%} of the draws, where guessing would give {1 / n:.2%}, {verdict}.",
-        figure,
-    )
-
-
-def _information(result: Study) -> Panel:
-    info = result.information
-    upper = min(info.upper, result.rate)
-    figure = plots.new_figure(8, 2.4)
-    axes = figure.subplots()
-    bars = {
-        "I(x; z), at least": info.lower,
-        "I(x; z), at most": upper,
-        "rate E KL(q(z|x) || p)": result.rate,
-    }
-    axes.barh(list(bars), list(bars.values()), color=["C0", "C0", "C1"])
-    axes.axvline(info.cap, color="k", linestyle=":", label=f"ln N = {info.cap:.2f}")
-    axes.invert_yaxis()
-    axes.set_xlabel("nats")
-    axes.legend(frameon=False)
-    saturated = info.lower > info.cap - 0.5
-    lower = f"at least {info.lower:.1f} nats" + (
-        f" (this bound cannot exceed ln {result.candidates} = {info.cap:.1f}, whatever the"
-        " truth is)"
-        if saturated
+    kl, active = result.kl_per_dimension, result.active
+    order = kl.argsort(descending=True)
+    colors = ["C0" if active[d] else "0.7" for d in order]
+    axes.bar(range(len(kl)), kl[order].tolist(), color=colors)
+    if len(kl) <= 40:
+        axes.set_xticks(range(len(kl)), [f"z{d}" for d in order.tolist()], fontsize=8)
+    axes.set(xlabel="latent dimension", ylabel="KL to N(0, 1), nats")
+    used, rest = int(active.sum()), int((~active).sum())
+    idle = (
+        f", and the other {rest} (gray) say nothing and cost {float(kl[~active].sum()):.2f} nats"
+        " together"
+        if rest
         else ""
     )
     return Panel(
-        "Where the rate goes",
-        "Averaged over pictures the KL is exactly I(x; z) + KL(q(z) || p): what a code tells about "
-        "its picture, plus how far the mixture of all codes is from the prior.",
-        f"Of a rate of {result.rate:.1f} nats {lower} and at most {upper:.1f} are information; only"
-        " the rest is a mismatch with the prior. The pull toward N(0, I) acts on the mixture of"
-        f" all posteriors, and telling {result.candidates} pictures apart needs no more than"
-        f" {info.cap:.1f} nats.",
+        "Active units",
+        "The rate of each dimension, highest first: together they are the"
+        f" {float(kl.sum()):.1f} nats that a picture's code costs.",
+        f"{used} of {len(kl)} dimensions are in use (from picture to picture the mean of their"
+        f" posterior varies, with a variance above {ACTIVE_VARIANCE}){idle}.",
         figure,
     )
-
-
-def _shuffled(result: Study) -> Panel:
-    names = {"same_class": "another of the same class", "other": "any other picture"}
-    bars = {names[k]: v for k, v in result.distortion_excess.items()}
-    figure = plots.new_figure(8, 2)
-    axes = figure.subplots()
-    axes.barh(list(bars), list(bars.values()), color="C3")
-    axes.set_xlabel("distortion above that of the own code, nats")
-    excess = result.distortion_excess["other"]
-    worth = excess > math.log(result.candidates)
-    return Panel(
-        "What a mix-up would cost",
-        "How much the distortion grows when a picture is compared with what another picture's code "
-        "decodes to.",
-        f"Mixing two pictures up costs {excess:.0f} nats, keeping {result.candidates} of them apart"
-        f" costs ln N = {math.log(result.candidates):.1f}: "
-        + (
-            "the squared error between Bob and Alice is the force that keeps their codes apart."
-            if worth
-            else "here there is little to lose, so the encoder does not keep them apart."
-        ),
-        figure,
-    )
-
-
-def _overlap(result: Study) -> Panel:
-    figure = plots.new_figure(8, 3)
-    axes = figure.subplots()
-    names = list(result.overlap)
-    tiny = 1e-12
-    for offset, kind in ((-0.2, "within"), (0.2, "between")):
-        values = [getattr(result.overlap[name], kind) for name in names]
-        if not any(math.isnan(v) for v in values):
-            label = {"within": "one class", "between": "different classes"}[kind]
-            axes.bar(
-                [i + offset for i in range(len(names))],
-                [max(v, tiny) for v in values],
-                0.38,
-                label=label,
-            )
-    axes.set(yscale="log", ylim=(tiny, 2), ylabel="mean overlap of two posteriors")
-    axes.set_xticks(range(len(names)), [TIMES[name] for name in names])
-    axes.legend(frameon=False)
-    late = result.overlap["late"].between
-    early = result.overlap["early"].between if "early" in result.overlap else math.nan
-    trend = (
-        "Posteriors move apart as training goes on, not together"
-        if late < early
-        else "Posteriors did not move apart during training"
-    )
-    return Panel(
-        "Do posteriors become more alike?",
-        "The overlap of two pictures' posteriors (the integral of the square root of their "
-        "product: 1 if they are equal, 0 if disjoint), averaged within and between classes.",
-        f"{trend}: the mean overlap of different pictures went from {early:.1e} to {late:.1e}.",
-        figure,
-    )
-
-
-def _residuals(result: Study, summary: Row) -> Panel:
-    rms = float(result.residuals.square().mean().sqrt())
-    tails = float(result.residuals.double().pow(4).mean()) / rms**4  # 3 for a normal
-    figure = plots.new_figure(8, 3)
-    axes = figure.subplots()
-    x = torch.linspace(-5, 5, 101)
-    axes.hist(result.residuals.tolist(), bins=x.tolist(), density=True, label="residuals / sigma")
-    normal = (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
-    axes.plot(x.tolist(), normal.tolist(), label="N(0, 1)")
-    axes.set(yscale="log", ylim=(1e-5, None), xlabel="(x - decoded) / sigma", ylabel="density")
-    axes.legend(frameon=False)
-    sigma = summary["sigma"]
-    stated = "its own sigma per pixel" if math.isnan(sigma) else f"sigma = {sigma:.3f}"
-    return Panel(
-        "Is the noise what the decoder says?",
-        "Residuals of held-out pixels in units of what the decoder assumes "
-        f"({stated}), beside the normal curve that it assumes.",
-        f"Their root mean square is {rms:.2f} (1 would be exactly right on new pictures)"
-        + (
-            "; the tall peak and the long tails say that one sigma is too large for the "
-            "background and too small for edges."
-            if tails > 4
-            else ", and their shape is nearly normal."
-        ),
-        figure,
-    )
-
-
-def _powers(most: int) -> list[int]:
-    counts = [n for k in range(12) for n in (10**k, 2 * 10**k, 5 * 10**k) if 2 <= n < most]
-    return [*counts, most]

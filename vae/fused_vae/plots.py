@@ -23,6 +23,13 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
+def _set_by_hand(width: float, height: float) -> Figure:
+    """A figure whose axes stay where they are put."""
+    figure = new_figure(width, height)
+    figure.set_layout_engine("none")
+    return figure
+
+
 def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     """[N, C, H, W] in [0, 1] -> a picture [H', W', 3] of rows of `columns`, white between."""
     images = images.detach().float().cpu().clamp(0, 1).expand(-1, 3, -1, -1)
@@ -51,15 +58,22 @@ def reconstructions_figure(originals: Tensor, restored: Tensor, columns: int = 8
 def rows_figure(rows: Sequence[tuple[str, Tensor]], title: str = "") -> Figure:
     """Rows of pictures, a label before each; shorter rows end in white."""
     columns = max(len(images) for _, images in rows)
-    figure = new_figure(9, 9 / (columns + 1.2) * len(rows) * 1.04 + 0.4)
-    for axes, (label, images) in zip(_stack(figure, len(rows)), rows, strict=True):
+    height, width = rows[0][1].shape[2:]
+    labels = max(len(line) for label, _ in rows for line in label.split("\n"))
+    left, top, across = 0.1 + 0.075 * labels, 0.4 if title else 0.05, 8.9  # inches
+    row = (across - left) / columns * height / width
+    tall = top + len(rows) * 1.06 * row
+    figure = _set_by_hand(9, tall)
+    for index, (label, images) in enumerate(rows):
+        bottom = 1 - (top + (index + 1) * 1.06 * row) / tall
+        axes = figure.add_axes((left / 9, bottom, (across - left) / 9, row / tall))
         padding = images.new_ones(columns - len(images), *images.shape[1:])
-        sheet = tile(torch.cat([images, padding]), columns)
-        axes.imshow(sheet.numpy(), interpolation="nearest")
-        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    figure.suptitle(title)
+        axes.imshow(tile(torch.cat([images, padding]), columns).numpy(), interpolation="nearest")
+        axes.set_axis_off()
+        where = axes.transAxes
+        axes.text(-0.01, 0.5, label, ha="right", va="center", fontsize=9, transform=where)
+    if title:
+        figure.suptitle(title)
     return figure
 
 
@@ -104,7 +118,3 @@ def _skip_the_descent(axes: Axes, history: Sequence[Row], baseline: float) -> No
     low = min(baseline, history[len(history) // 4]["elbo"])
     margin = 0.1 * (high - low) + 1
     axes.set_ylim(low - margin, high + margin)
-
-
-def _stack(figure: Figure, rows: int) -> list[Axes]:
-    return list(figure.subplots(rows, 1, squeeze=False)[:, 0])

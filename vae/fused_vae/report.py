@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import study
+from .answers import why_it_works
 from .errors import UserError
-from .panels import Panel, Row, what_it_learned, why_it_works
+from .panels import Panel, Row, what_it_learned
 from .run_folder import CONFIG, RunFolder, read_checkpoint, read_json
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def write(run: str | Path) -> Path:
         "What it learned": what_it_learned(material, result, summary, history),
         "Why does it work?": why_it_works(result, summary),
     }
-    page = _page(folder.final.name, summary, chapters)
+    page = _page(folder.final.name, _told(material), summary, chapters)
     folder.write_json("report.json", result.numbers())
     folder.write("report.html", lambda path: path.write_text(page, encoding="utf-8"))
     return folder.final / "report.html"
@@ -91,7 +92,20 @@ ANSWER = (
 )
 
 
-def _page(name: str, summary: Row, chapters: dict[str, list[Panel]]) -> str:
+def _told(material: study.Material) -> str:
+    """What was trained, in one sentence or two."""
+    config = material.config
+    told = (
+        f"{material.held_out.name}: trained for {config.epochs} epochs, {material.queries} held-out"
+        f" pictures looked at here; {config.network} networks, {config.latent} latent dimensions,"
+        f" {config.variance} variance, beta = {config.beta:g}."
+    )
+    if config.beta != 1:
+        told += " Training weighted the rate with beta; every ELBO below is the bound itself."
+    return told
+
+
+def _page(name: str, told: str, summary: Row, chapters: dict[str, list[Panel]]) -> str:
     facts: list[tuple[str, float, str]] = [
         ("ELBO", summary["elbo"], "a lower bound on log P(picture): -(rate + distortion)"),
         ("rate", summary["rate"], "KL(q(z|x) || p(z)), the price of the code"),
@@ -106,7 +120,7 @@ def _page(name: str, summary: Row, chapters: dict[str, list[Panel]]) -> str:
     learned, why = chapters.items()
     return _document(
         f"What the VAE of {name} learned",
-        f"<p>{html.escape(INTRODUCTION)}</p><table>{rows}</table>"
+        f"<p>{html.escape(told)}</p><p>{html.escape(INTRODUCTION)}</p><table>{rows}</table>"
         + _chapter(*learned)
         + _chapter(*why, f"<blockquote>{QUESTION}</blockquote><p>{ANSWER}</p>"),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_elbo import DiagonalGaussian, NoiseKey, gaussian_log_likelihood
 
 from . import analysis, job
+from .config import TrainConfig
 from .data import Images
 from .errors import UserError
 from .model import VAE
@@ -32,7 +33,7 @@ class Study:
 
     rate: float
     kl_per_dimension: Tensor  # [latent]
-    active: int
+    active: Tensor  # [latent] bool
     candidates: int
     information: analysis.MutualInformation
     retrieval_rank: Tensor  # [Q]: candidates whose posterior is denser at z_i ~ q(z|x_i)
@@ -62,7 +63,7 @@ class Study:
             "retrieval_of_2": self.retrieval(2),
             "match": self.match(n),
             "match_of_2": self.match(2),
-            "active_units": self.active,
+            "active_units": int(self.active.sum()),
             "residual_rms": float(self.residuals.square().mean().sqrt()),
             **{f"distortion_excess_{k}": v for k, v in self.distortion_excess.items()},
             **{f"overlap_within_{k}": v.within for k, v in self.overlap.items()},
@@ -80,6 +81,7 @@ class Material:
     q: DiagonalGaussian  # of the candidates
     queries: int
     key: NoiseKey
+    config: TrainConfig
 
     @property
     def labels(self) -> Tensor | None:
@@ -105,9 +107,8 @@ def prepare(run: Path) -> Material:
     )
     x = x[: max(2, min(CANDIDATES, CANDIDATE_NUMBERS // math.prod(images.shape)))]
     queries = min(QUERIES, len(held_out), len(x))
-    return Material(
-        model, held_out, x, encode(model, x), queries, NoiseKey(config.seed).fold_in(NOISE_STUDY)
-    )
+    key = NoiseKey(config.seed).fold_in(NOISE_STUDY)
+    return Material(model, held_out, x, encode(model, x), queries, key, config)
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def measure(run: Path, material: Material) -> Study:
     return Study(
         rate=float(mine.kl().double().mean()),
         kl_per_dimension=analysis.kl_per_dimension(mine),
-        active=analysis.active_units(q),
+        active=analysis.active_dimensions(q),
         candidates=len(x),
         information=analysis.mutual_information(density, own),
         retrieval_rank=analysis.ranks(density, own),

@@ -90,7 +90,10 @@ def _row(beta: float, path: Path) -> Row:
     numbers = study.measure(path, study.prepare(path)).numbers()
     return {
         "beta": beta,
-        **{key: summary[key] for key in ("elbo", "rate", "distortion", "sigma")},
+        **{
+            key: summary[key]
+            for key in ("elbo", "rate", "distortion", "sigma", "baseline_log_prob")
+        },
         **{
             key: numbers[key]
             for key in ("candidates", "information_lower", "retrieval", "match", "active_units")
@@ -116,25 +119,36 @@ def _rate_distortion(rows: Sequence[Row]) -> Panel:
     axes.plot(rates, distortions, marker="o", color="C0")
     span = (max(rates) - min(rates)) / 10 or 1.0
     height = (max(distortions) - min(distortions)) / 10 or 1.0
+    labels: dict[tuple[float, float], str] = {}  # points that lie together share one label
     for row in rows:
-        x, y = row["rate"], row["distortion"]
-        reach = min(span, height / max(row["beta"], 1e-9))
-        axes.plot(
-            [x - reach, x + reach],
-            [y + row["beta"] * reach, y - row["beta"] * reach],
-            color="C1",
-            linewidth=3,
-            alpha=0.6,
-        )
-        axes.annotate(f"beta {row['beta']:g}", (x, y), xytext=(6, 6), textcoords="offset points")
+        x, y, beta = row["rate"], row["distortion"], row["beta"]
+        reach = min(span, height / max(beta, 1e-9))
+        across, down = [x - reach, x + reach], [y + beta * reach, y - beta * reach]
+        axes.plot(across, down, color="C1", linewidth=3, alpha=0.6)
+        close = [p for p in labels if abs(p[0] - x) < span / 2 and abs(p[1] - y) < height / 2]
+        if close:
+            labels[close[0]] += f", {beta:g}"
+        else:
+            labels[x, y] = f"beta {beta:g}"
+    for point, label in labels.items():
+        axes.annotate(label, point, xytext=(8, 8), textcoords="offset points")
+    axes.margins(x=0.12, y=0.12)
     axes.set(xlabel="rate, nats per picture", ylabel="distortion, nats per picture")
     best = max(rows, key=lambda row: row["elbo"])
+    short = best["baseline_log_prob"] - best["elbo"]
     return Panel(
         "Rate against distortion",
-        "Held-out rate and distortion of each model; the short orange lines have slope -beta.",
-        "Where training has converged, the curve has slope -beta (arXiv:1711.00464): one more nat"
-        f" of code saves beta nats of distortion. The highest ELBO, {best['elbo']:.1f}, is at beta"
-        f" = {best['beta']:g}.",
+        "Held-out rate and distortion of each model; where training has converged, the curve has"
+        " the slope -beta of the short orange lines (arXiv:1711.00464): one more nat of code saves"
+        " beta nats of distortion.",
+        f"The highest ELBO, {best['elbo']:.1f}, is at beta = {best['beta']:g}"
+        + (
+            f", and still {short:.1f} nats below the best linear model: these models were trained"
+            " too little to read much into the curve."
+            if short > 0
+            else ": a lower beta buys code that saves less distortion than it costs, a higher one"
+            " leaves worthwhile code unbought."
+        ),
         figure,
     )
 
@@ -142,30 +156,32 @@ def _rate_distortion(rows: Sequence[Row]) -> Panel:
 def _collapse(rows: Sequence[Row]) -> Panel:
     figure, axes = _axes()
     betas = [row["beta"] for row in rows]
-    cap = math.log(rows[0]["candidates"])
+    count, cap = int(rows[0]["candidates"]), math.log(rows[0]["candidates"])
     axes.plot(betas, [r["retrieval"] for r in rows], marker="o", label="densest posterior")
     axes.plot(betas, [r["match"] for r in rows], marker="s", label="nearest picture")
     axes.set(xlabel="beta", ylabel="own picture wins", ylim=(-0.03, 1.05))
     axes.set_xscale("symlog", linthresh=min((b for b in betas if b > 0), default=1.0))
     other = axes.twinx()
-    other.plot(betas, [r["rate"] for r in rows], color="C2", linestyle="--", label="rate")
-    other.axhline(cap, color="k", linestyle=":", label=f"ln N = {cap:.1f}")
+    other.plot(betas, [r["rate"] for r in rows], color="C2", linestyle="--", label="rate (right)")
+    other.axhline(cap, color="0.5", linestyle=":", label=f"ln N = {cap:.1f} (right)")
     other.set_ylabel("nats")
-    handles = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, frameon=False)
-    count = int(rows[0]["candidates"])
-    lost = [row for row in rows if row["retrieval"] < 0.5]
-    meaning = (
-        f"Up to beta = {betas[-1]:g} a sample still finds its own posterior most of the time: the "
-        "price is not high enough for a collapse."
-    )
-    if lost:
+    lost = next((index for index, row in enumerate(rows) if row["retrieval"] < 0.5), None)
+    if lost is None:
         meaning = (
-            f"At beta = {lost[0]['beta']:g} the rate is {lost[0]['rate']:.1f} nats (ln N ="
-            f" {cap:.1f}) and the right posterior wins in {lost[0]['retrieval']:.0%} of the draws:"
-            " from here on Bob's samples do decode to Alice, and whoever worries about it is"
-            " right."
+            f"Up to beta = {betas[-1]:g} a sample still finds its own posterior most of the time:"
+            " the price is not high enough for a collapse."
         )
+    else:
+        row = rows[lost]
+        if lost > 0:
+            axes.axvspan(betas[lost - 1], betas[lost], color="C3", alpha=0.12, label="collapse")
+        meaning = (
+            f"At beta = {row['beta']:g} the rate is {row['rate']:.1f} nats (ln N = {cap:.1f}) and"
+            f" the right posterior wins in {row['retrieval']:.0%} of the draws: from here on Bob's"
+            " samples do decode to Alice, and whoever worries about it is right."
+        )
+    handles = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=5, fontsize=9)
     return Panel(
         "Where Bob becomes Alice",
         "How often a posterior sample finds its own posterior, and its decoding its own picture, "
