@@ -19,10 +19,10 @@ ElboOutput elbo_forward(Tensor recon_x, Tensor x, OptionalTensor recon_logvar, d
   STD_TORCH_CHECK(kl.has_value() != (mean && logvar), "fused_elbo: give mean and logvar, or kl");
   Likelihood<Device> call(x, recon_x, recon_logvar, mask, recon_logvar_value, 1, Reduction::kSample,
                           make_scale(scale, floor, clamp_min, clamp_max));
-  const std::vector<int64_t> batch = {recon_x.size(0)};
+  const Sizes batch = {recon_x.size(0)};
   const ScalarType nats = accumulate_type(recon_x);
   Tensor ll = empty_dense(recon_x, batch, nats), kl_out = empty_dense(recon_x, batch, nats);
-  Tensor loss = empty_dense(recon_x, reduction == Reduction::kSample ? batch : std::vector<int64_t>{}, nats);
+  Tensor loss = empty_dense(recon_x, reduction == Reduction::kSample ? batch : Sizes{}, nats);
 
   bool fits = call.prepare(ll, std::nullopt, want_grads, want_grads);
   ElboArgs args;
@@ -35,7 +35,7 @@ ElboOutput elbo_forward(Tensor recon_x, Tensor x, OptionalTensor recon_logvar, d
 
   Tensor grad_mean = nothing(recon_x), grad_logvar = nothing(recon_x);
   if (mean) {
-    const std::vector<int64_t> full = sizes_of(*mean);
+    const Sizes full = sizes_of(*mean);
     const Halves in(*mean, logvar, -1, full);
     if (want_grads) {
       grad_mean = empty_preserving(*mean);

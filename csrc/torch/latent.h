@@ -9,7 +9,7 @@
 namespace fused_elbo {
 
 struct LatentCall {
-  std::vector<int64_t> full;  // [B, *event]
+  Sizes full;  // [B, *event]
   OptionalTensor seed;
   int64_t seed_value, stream, row_offset, num_samples, chunk_dim;
   Scale scale;
@@ -28,7 +28,7 @@ struct LatentCall {
         chunk_dim(chunk_dim),
         scale(scale),
         reduction(static_cast<Reduction>(reduction)) {
-    STD_TORCH_CHECK(!full.empty() && full.size() <= kMaxDims, "fused_elbo: mean must have 1 to 25 dimensions");
+    STD_TORCH_CHECK(!full.empty(), "fused_elbo: mean must have 1 to 25 dimensions");
     if (logvar) {
       STD_TORCH_CHECK(sizes_of(*logvar) == full, "fused_elbo: mean and logvar must have one shape");
     } else {
@@ -87,8 +87,8 @@ std::tuple<Tensor, Tensor> latent_forward(Tensor mean, OptionalTensor logvar, Op
   const auto half = [&] { return logvar ? mean : torch::stable::narrow(mean, chunk_dim, 0, call.full[chunk_dim]); };
   Tensor z = nothing(mean);
   if (want_z && num_samples > 0) {
-    std::vector<int64_t> sizes = call.full;
-    sizes.insert(sizes.begin(), num_samples);
+    Sizes sizes = call.full;
+    sizes.push_front(num_samples);
     z = empty_dense(mean, sizes, mean.scalar_type());
   } else if (want_z) {
     z = mean.is_contiguous() ? empty_dense(mean, call.full, mean.scalar_type()) : torch::stable::empty_like(half());

@@ -13,7 +13,7 @@ namespace fused_elbo {
 // to the shape of logvar.
 inline Tensor reduce_to_logvar(const Tensor& partial, const Tensor& logvar) {
   const int64_t shift = partial.dim() - logvar.dim();
-  std::vector<int64_t> summed;
+  Sizes summed;
   for (int64_t d = 0; d < partial.dim(); ++d) {
     if (partial.size(d) != 1 && (d < shift || logvar.size(d - shift) == 1)) summed.push_back(d);
   }
@@ -32,7 +32,7 @@ inline Tensor reduce_to_logvar(const Tensor& partial, const Tensor& logvar) {
       total(static_cast<const float*>(partial.data_ptr()), static_cast<float*>(result.data_ptr()));
     }
   } else if (!summed.empty()) {
-    result = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(summed.data(), summed.size()), true);
+    result = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(summed.begin(), summed.size()), true);
   }
   result = torch::stable::reshape(result, logvar.sizes());
   return result.scalar_type() == logvar.scalar_type() ? result : torch::stable::to(result, logvar.scalar_type());
@@ -55,7 +55,7 @@ class Likelihood {
                     "fused_elbo: a scale other than logvar must have the shape of mean");
     args.scale = scale;
     STD_TORCH_CHECK(batch_dims == 1 || batch_dims == 2, "fused_elbo: batch_dims must be 1 or 2");
-    STD_TORCH_CHECK(full_.size() >= static_cast<size_t>(batch_dims) && full_.size() <= kMaxDims && sizes_of(x) == full_,
+    STD_TORCH_CHECK(full_.size() >= static_cast<size_t>(batch_dims) && sizes_of(x) == full_,
                     "fused_elbo: x and mean must have one shape, with up to 25 dimensions");
     STD_TORCH_CHECK(!logvar || logvar->dim() <= mean.dim(), "fused_elbo: logvar must broadcast to mean");
     args.logvar_value = logvar_value;
@@ -110,7 +110,7 @@ class Likelihood {
 
  private:
   void allocate_grad_logvar() {
-    std::vector<int64_t> sizes = full_;
+    Sizes sizes = full_;
     int64_t run = 1;
     for (size_t d = sizes.size(); d-- > static_cast<size_t>(batch_dims_) && run < args.logvar_inner;) {
       run *= sizes[d];
@@ -130,7 +130,7 @@ class Likelihood {
     }
   }
 
-  std::vector<int64_t> full_;
+  Sizes full_;
   OptionalTensor logvar_, grad_logvar_;
   int batch_dims_;
   Reduction reduction_;

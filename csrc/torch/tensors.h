@@ -7,9 +7,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <optional>
-#include <vector>
 
 #include "args.h"
 #include "layout.h"
@@ -40,13 +40,14 @@ inline ScalarType accumulate_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline std::vector<int64_t> sizes_of(const Tensor& t) {
+inline Sizes sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
+  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "fused_elbo: a tensor must have at most 25 dimensions");
+  return {sizes.data(), sizes.data() + sizes.size()};
 }
 
-inline Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size());
+inline Tensor empty_dense(const Tensor& like, const Sizes& sizes, ScalarType type) {
+  std::array<int64_t, kMaxDims + 1> strides;
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
@@ -70,11 +71,11 @@ inline Tensor empty_preserving(const Tensor& like) {
   return torch::stable::empty_like(like);
 }
 
-inline Tensor nats_like(const Tensor& like, const std::vector<int64_t>& full, int batch_dims, Reduction reduction) {
-  std::vector<int64_t> sizes;
+inline Tensor nats_like(const Tensor& like, const Sizes& full, int batch_dims, Reduction reduction) {
+  Sizes sizes;
   if (reduction == Reduction::kOff) sizes = {0};
   if (reduction == Reduction::kNone) sizes = full;
-  if (reduction == Reduction::kSample) sizes.assign(full.begin(), full.begin() + batch_dims);
+  if (reduction == Reduction::kSample) sizes = Sizes(full.begin(), full.begin() + batch_dims);
   return empty_dense(like, sizes, accumulate_type(like));
 }
 
@@ -103,15 +104,15 @@ class Workspace {
 // A tensor and its strides against the full index space.
 struct View {
   View() = default;
-  View(const Tensor& tensor, const std::vector<int64_t>& full) : data(tensor.data_ptr()) {
+  View(const Tensor& tensor, const Sizes& full) : data(tensor.data_ptr()) {
     dtype = dtype_of(tensor.scalar_type());
     strides = broadcast_strides(tensor.sizes().data(), tensor.strides().data(), tensor.dim(), full);
   }
-  View(const OptionalTensor& tensor, const std::vector<int64_t>& full) {
+  View(const OptionalTensor& tensor, const Sizes& full) {
     if (tensor) *this = View(*tensor, full);
   }
   // A mask: its dtype is none that kernels compute in.
-  static View of_mask(const OptionalTensor& mask, const std::vector<int64_t>& full) {
+  static View of_mask(const OptionalTensor& mask, const Sizes& full) {
     View view;
     if (!mask) return view;
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "fused_elbo: mask must be a bool tensor");
@@ -136,7 +137,7 @@ struct View {
 
 // mean and logvar (or their gradients), given as two tensors or as one tensor of moments.
 struct Halves {
-  Halves(const Tensor& first, const OptionalTensor& second, int64_t chunk_dim, const std::vector<int64_t>& full) {
+  Halves(const Tensor& first, const OptionalTensor& second, int64_t chunk_dim, const Sizes& full) {
     if (second) {
       mean = View(first, full);
       logvar = View(*second, full);
@@ -155,7 +156,7 @@ struct Halves {
 
 // An upstream gradient or an output in nats: one value per element, per row, or one for all.
 inline Operand nats_operand(const OptionalTensor& nats, Reduction reduction, const EventLayout& layout,
-                            const std::vector<int64_t>& full, int batch_dims) {
+                            const Sizes& full, int batch_dims) {
   Operand result;
   if (!nats || reduction == Reduction::kOff) return result;
   if (reduction == Reduction::kNone) return View(*nats, full).operand(layout);
