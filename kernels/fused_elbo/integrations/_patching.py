@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -232,7 +232,7 @@ def refuse_other_parameters(
 
 
 def function_replacements(
-    integration: str, module: ModuleType, functions: dict[str, tuple[Any, tuple[str, ...]]]
+    integration: str, module: ModuleType, functions: Mapping[str, tuple[Any, tuple[str, ...]]]
 ) -> list[Replacement]:
     """For those of ``functions`` (name: replacement and parameters) that a module has.
 

@@ -63,7 +63,7 @@ class FusedNormal(Normal):
     def log_prob(self, value: Tensor) -> Tensor:
         """log density of every element in nats, with gradients for value, loc and scale."""
         if not _supported(self) or not isinstance(value, Tensor) or value.dtype not in FLOATING:
-            return super().log_prob(value)  # type: ignore[no-any-return]
+            return super().log_prob(value)  # type: ignore[no-any-return, no-untyped-call]
         if self._validate_args:
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self.loc.shape)
@@ -131,11 +131,10 @@ def _independent_rule(upstream: Rule, normal_rule: Rule) -> Rule:
             or not _supported(q.base_dist)
         ):
             return upstream(p, q)
-        p, q = p.base_dist, q.base_dist
-        shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+        shape = torch.broadcast_shapes(p.base_dist.batch_shape, q.base_dist.batch_shape)
         batch = shape[: len(shape) - event_dims]
         rows = (math.prod(batch), *shape[len(shape) - event_dims :])
-        return _kl(p, q, shape, "sample", rows).reshape(batch)
+        return _kl(p.base_dist, q.base_dist, shape, "sample", rows).reshape(batch)
 
     return kl_independent_independent
 
@@ -167,5 +166,5 @@ def _supported(normal: Normal) -> bool:
     return (
         normal.loc.dtype in FLOATING
         and normal.scale.dtype in FLOATING
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
     )

@@ -112,7 +112,7 @@ def _refuse_negative(var: Tensor | float) -> None:
     negative = var < 0
     if isinstance(negative, Tensor):
         if torch.compiler.is_compiling():
-            torch._assert_async(~torch.any(negative), message)  # type: ignore[call-arg]
+            torch._assert_async(~torch.any(negative), message)
             return
         negative = bool(torch.any(negative))
     if negative:
