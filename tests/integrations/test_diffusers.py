@@ -1,6 +1,5 @@
 """diffusers: its posterior on the kernels, against the library's own formulas."""
 
-import inspect
 import pickle
 
 import pytest
@@ -192,7 +191,7 @@ def test_undo_restores_the_very_same_methods():
     fused_diffusers.apply(noise="upstream")
     for name in METHODS:
         assert vars(Posterior)[name] is not before[name]
-        assert inspect.getdoc(vars(Posterior)[name]) == inspect.getdoc(before[name])
+        assert vars(Posterior)[name].__doc__ == before[name].__doc__
     fused_diffusers.undo()
     after = vars(Posterior)
     assert after.keys() == before.keys()
@@ -251,21 +250,28 @@ def test_unknown_options_are_refused(options, error, message):
     assert "mean" not in vars(Posterior)
 
 
+@pytest.fixture
+def one_thread():
+    """A model this small is slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def train(steps):
     """The losses of a small AutoencoderKL."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
+        block_out_channels=(8,),
+        norm_num_groups=2,
         latent_channels=4,
-        sample_size=16,
+        mid_block_add_attention=False,
     )
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    images = torch.randn(8, 3, 1, 1) + 0.3 * torch.randn(8, 3, 16, 16)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    images = torch.randn(4, 3, 1, 1) + 0.1 * torch.randn(4, 3, 8, 8)
     noise, losses = torch.Generator().manual_seed(1), []
     for _ in range(steps):
         posterior = model.encode(images).latent_dist
@@ -279,9 +285,9 @@ def train(steps):
     return torch.tensor(losses)
 
 
-def test_an_autoencoder_trains_along_the_same_losses():
+def test_an_autoencoder_trains_along_the_same_losses(one_thread):
     expected = train(50)
     with fused_diffusers.applied(noise="upstream"):
         actual = train(50)
-    assert expected[-1] < 0.5 * expected[0]  # it learns
+    assert expected[-1] < 0.9 * expected[0]  # it learns
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
