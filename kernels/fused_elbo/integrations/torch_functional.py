@@ -8,6 +8,7 @@ is the function of that name; `apply` puts it into `torch.nn.functional`, and so
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import AbstractContextManager
 from typing import Any
@@ -74,7 +75,6 @@ def gaussian_nll_loss(
 def _heteroscedastic(
     input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: str
 ) -> Tensor:
-    dtype = torch.promote_types(torch.result_type(input, target), var.dtype)
     shape = torch.broadcast_shapes(input.shape, target.shape, var.shape)
     elementwise = reduction == "none"
     log_likelihood = gaussian_log_likelihood(
@@ -87,7 +87,7 @@ def _heteroscedastic(
     loss = -log_likelihood
     if not full:  # per element or sample: where the constant is still small
         loss = loss - 0.5 * LOG_2PI * (1 if elementwise else math.prod(shape[1:]))
-    return _reduced(loss, shape, reduction).to(dtype)
+    return _reduced(loss, shape, reduction).to(_result_dtype(input, target, var))
 
 
 def _one_variance(input: Tensor, target: Tensor, var: float, full: bool, reduction: str) -> Tensor:
@@ -104,7 +104,7 @@ def _one_variance(input: Tensor, target: Tensor, var: float, full: bool, reducti
     count = 1 if elementwise else math.prod(shape[1:])
     scale = -1.0 / (2.0 * math.pi * var) if var > 0 else -math.inf
     loss = log_likelihood * scale + constant * count
-    return _reduced(loss, shape, reduction).to(torch.result_type(input, target))
+    return _reduced(loss, shape, reduction).to(_result_dtype(input, target))
 
 
 def _refuse_negative(var: Tensor | float) -> None:
@@ -133,6 +133,13 @@ def _like_input(var: Tensor, input: Tensor) -> Tensor:
 
 def _batched(t: Tensor, shape: torch.Size) -> Tensor:
     return t.expand(shape) if shape else t.reshape(1)
+
+
+def _result_dtype(*tensors: Tensor) -> torch.dtype:
+    """That of torch's arithmetic, where a 0-dim tensor yields to others (Dynamo cannot ask
+    `torch.result_type`)."""
+    deciding = [t for t in tensors if t.dim()] or tensors
+    return functools.reduce(torch.promote_types, [t.dtype for t in deciding])
 
 
 def _reduced(loss: Tensor, shape: torch.Size, reduction: str) -> Tensor:
