@@ -1,4 +1,4 @@
-"""The functions that other code bases define for themselves, in plain PyTorch: what ours replace."""
+"""What other code bases define for themselves, in plain PyTorch."""
 
 from __future__ import annotations
 

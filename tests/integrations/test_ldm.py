@@ -42,7 +42,7 @@ def test_the_regularizer_without_sampling_returns_the_mean():
 def test_a_named_posterior_class_is_replaced_and_restored():
     cls = fresh_class()
     before = dict(vars(cls))
-    parameters, other, x = torch.randn(2, 3, 8, 5, 6).unbind(0) + (torch.randn(3, 4, 5, 6),)
+    parameters, other, x = (*torch.randn(2, 3, 8, 5, 6), torch.randn(3, 4, 5, 6))
     expected = cls(parameters).kl(cls(other)), cls(parameters).kl(), cls(parameters).nll(x)
     torch.manual_seed(1)
     sample = cls(parameters).sample()

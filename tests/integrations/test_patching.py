@@ -148,7 +148,7 @@ def test_of_several_owners_all_are_patched_or_none(module):
         ],
         None,
     )
-    with pytest.raises(RuntimeError, match="other.function must take .*got nothing of that name"):
+    with pytest.raises(RuntimeError, match=r"other\.function must take .*got nothing of that name"):
         patches.apply((module, other), None)
     assert module.function is original
     other.function = original

@@ -73,7 +73,7 @@ def test_independents_of_different_event_dimensions_are_left_to_pyro():
 
 def test_fused_normals_are_pyro_distributions():
     normal = fused_pyro.FusedNormal(torch.zeros(3), torch.ones(3))
-    assert isinstance(normal, dist.TorchDistributionMixin)
+    assert isinstance(normal, dist.torch_distribution.TorchDistributionMixin)
     assert isinstance(normal.expand((2, 3)), fused_pyro.FusedNormal)
     assert normal.mask(torch.tensor([True, False, True])).to_event(1).event_shape == (3,)
     observed = pyro.sample("x", normal.to_event(1), obs=torch.zeros(3))

@@ -46,7 +46,7 @@ class FusedNormal(Normal):
         shape = self._extended_shape(sample_shape)
         samples = math.prod(shape[: len(shape) - self.loc.dim()])
         if samples == 0:
-            return self.loc.expand(shape)
+            return self.loc + self.loc.new_empty(shape)
         z = reparameterize(
             loc,
             logstd,
