@@ -72,7 +72,7 @@ def test_upstream_noise_gives_the_samples_of_the_library_bit_for_bit():
 
 
 def test_fused_noise_is_seeded_by_the_generator_given():
-    parameters = moments()
+    parameters = moments().detach()
     with fused_diffusers.applied():
         posterior = Posterior(parameters)
         first, again, other = (
@@ -89,7 +89,7 @@ def test_fused_noise_is_seeded_by_the_generator_given():
 
 
 def test_each_generator_of_a_list_seeds_one_row():
-    parameters = moments()
+    parameters = moments().detach()
     with fused_diffusers.applied():
         rows = Posterior(parameters).sample([torch.Generator().manual_seed(i) for i in range(3)])
         for i in range(3):
@@ -291,3 +291,20 @@ def test_an_autoencoder_trains_along_the_same_losses(one_thread):
         actual = train(50)
     assert expected[-1] < 0.95 * expected[0]  # it learns
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
+
+
+def test_in_training_the_kl_comes_from_the_pass_that_samples():
+    parameters = moments()
+    with fused_diffusers.applied():
+        posterior = Posterior(parameters)
+        z, kl = posterior.sample(), posterior.kl()
+        assert z.grad_fn is kl.grad_fn
+        with torch.no_grad():
+            assert not posterior.kl().requires_grad
+            unrecorded = Posterior(parameters)
+            unrecorded.sample()
+        assert unrecorded.kl().requires_grad
+        (both,) = torch.autograd.grad(z.sum() + kl.sum(), parameters)
+    mean, logvar = parameters.detach().chunk(2, 1)
+    expected = torch.cat((1 + mean, 0.5 * (z.detach() - mean) + 0.5 * torch.expm1(logvar)), 1)
+    torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)

@@ -71,6 +71,7 @@ def posterior_replacements(
         self.parameters = parameters
         self.deterministic = deterministic
         self._fused_elbo_lazy = True
+        self._fused_elbo_kl = None
         if not torch.compiler.is_compiling():
             _alive.add(self)
 
@@ -89,7 +90,10 @@ def posterior_replacements(
             return upstream_kl(self, other)  # type: ignore[no-any-return]
         if self.deterministic:
             return _no_nats(self.parameters)
-        return _gaussian(self).kl(None if other is None else _gaussian(other))
+        if other is not None:
+            return _gaussian(self).kl(_gaussian(other))
+        known = self._fused_elbo_kl if torch.is_grad_enabled() else None
+        return _gaussian(self).kl() if known is None else known
 
     def nll(self: Any, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         if _needs_upstream(self, None, _patches[slot].options.compat):
@@ -189,6 +193,7 @@ def _complete(self: Any) -> None:
                 if name not in self.__dict__:
                     self.__dict__[name] = _COMPUTE[name](self)
         self._fused_elbo_lazy = False
+        self._fused_elbo_kl = None
 
 
 # the kernels
@@ -223,7 +228,12 @@ def _sample(self: Any, generator: Any) -> Tensor:
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
         generator = generator[0]
     if not isinstance(generator, (list, tuple)):
-        return DiagonalGaussian.from_moments(parameters).rsample(key=_key(generator, parameters))
+        gaussian, key = _gaussian(self), _key(generator, parameters)
+        if not (torch.is_grad_enabled() and parameters.requires_grad):
+            return gaussian.rsample(key=key)
+        # In training the KL is asked for next: from the same pass, and with one backward for both.
+        z, self._fused_elbo_kl = gaussian.sample_kl(key=key)
+        return z
     if len(generator) != parameters.shape[0]:
         raise ValueError(
             f"DiagonalGaussianDistribution.sample: generator must be one, or a list of one for "
