@@ -182,11 +182,11 @@ def test_samples_are_normal_reproducible_and_reparameterized():
 
 
 def test_it_expands_and_validates_as_a_normal():
-    normal = FusedNormal(torch.zeros(4), torch.ones(4)).expand((3, 4))
+    normal = FusedNormal(torch.zeros(4), torch.ones(4), validate_args=True).expand((3, 4))
     assert type(normal) is FusedNormal and normal.rsample().shape == (3, 4)
     independent = Independent(normal, 1)
     assert independent.log_prob(independent.rsample((2,))).shape == (2, 3)
     with pytest.raises(ValueError, match="scale"):
-        FusedNormal(torch.zeros(4), -torch.ones(4))
+        FusedNormal(torch.zeros(4), -torch.ones(4), validate_args=True)
     with pytest.raises(ValueError, match="value"):
         normal.log_prob(torch.full((3, 4), float("nan")))
