@@ -261,5 +261,6 @@ def checked_modules(function: str, modules: tuple[Any, ...]) -> tuple[ModuleType
 
 def _parameters(function: Any) -> tuple[str, ...]:
     if isinstance(function, torch.jit.ScriptFunction):  # has a signature of *args, **kwargs
-        return tuple(argument.name for argument in function.schema.arguments)
+        schema: Any = function.schema
+        return tuple(argument.name for argument in schema.arguments)
     return tuple(inspect.signature(function).parameters)
