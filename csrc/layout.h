@@ -24,8 +24,9 @@ class Sizes {
 
   void push_back(int64_t value) { values_[count_++] = value; }
   void push_front(int64_t value) {
-    std::copy_backward(begin(), end(), values_.data() + ++count_);
+    std::copy_backward(begin(), end(), end() + 1);
     values_[0] = value;
+    ++count_;
   }
   size_t size() const { return count_; }
   bool empty() const { return count_ == 0; }

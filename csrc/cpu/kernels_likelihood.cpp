@@ -151,8 +151,8 @@ LikelihoodWork<T>::LikelihoodWork(const LikelihoodArgs& args, Pass pass, double*
       grad_logvar_wanted_(wants_grad_logvar(args, pass)),
       partials_(sums_later(args, pass, cut_, totals) ? partials : nullptr),
       logvar_partials_(nullptr) {
-  constant_ =
-      args.reduction != Reduction::kNone && args.mask.data == nullptr && (cut_.runs > 1 || is_constant_per_event(args));
+  constant_ = args.reduction != Reduction::kNone && args.mask.data == nullptr && args.scale.kind == ScaleKind::kPlain &&
+              (cut_.runs > 1 || is_constant_per_event(args));
   one_logvar_ = !args.logvar.data ||
                 (cut_.runs == 1 && constant_ && args.logvar.row_stride == 0 && args.logvar.sample_stride == 0);
   if (grad_logvar_wanted_ && splits_grad_logvar(args, cut_)) {

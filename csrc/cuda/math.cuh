@@ -130,8 +130,7 @@ __device__ inline LogVar<double> logvar_terms(double x) {
   using C = math::ExpConstants<double>;
   const math::Reduced<double> e = math::reduce_exp(0.5 * x, 0);
   const double em = e.power - 1.0;
-  const double q = e.r + e.p;
-  LogVar<double> terms{fma(e.power, q, e.power), fma(e.power, q, em),
+  LogVar<double> terms{fma(e.power, e.q, e.power), fma(e.power, e.q, em),
                        fma(e.power, e.p, fma(em, e.r, fma(e.n, -0.693147180559945309417, em)))};
   if (x < 2 * C::kMin) terms = {0.0, -1.0, -1.0 - 0.5 * x};
   if (x > 2 * C::kMax) terms = {math::infinity<double>(), math::infinity<double>(), math::infinity<double>()};

@@ -303,7 +303,7 @@ def log_likelihood(
     """log N(x; mean, exp(logvar)) = -1/2 [(x - mean)^2 exp(-logvar) + logvar + ln 2 pi]; 0 where
     the mask is False."""
     residual, logvar, inverse, _ = _residual(x, mean, logvar, scale, mask)
-    nats = -0.5 * (residual.square() * inverse + logvar + LOG_2PI)
+    nats = -0.5 * (residual.square() * inverse + (logvar + LOG_2PI))
     return reduce(nats if mask is None else torch.where(mask, nats, 0.0), reduction, batch_dims)
 
 

@@ -94,7 +94,8 @@ def test_samples_kl_and_gradients_agree_with_float64(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_param
 def test_log_likelihoods_and_gradients_agree_with_float64(param, dtype, device, interpreted):
-    for shape in [(4, 6)] if interpreted else [(4, 6), (3, 2, 5, 7), (3, 4099)]:
+    shapes = [(4, 6), (3,), (2, 1)]
+    for shape in shapes if interpreted else [*shapes, (3, 2, 5, 7), (3, 4099)]:
         x, mean = (leaf(*shape, dtype=dtype, device=device) for _ in range(2))
         p = parameter(*shape, param=param, dtype=dtype, device=device)
         ll = gaussian_log_likelihood(x, mean, p, param=param)

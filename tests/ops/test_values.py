@@ -44,6 +44,14 @@ def z_bound(mean, logvar, eps, dtype):
     return RELATIVE[dtype] * (mean.abs() + std * (1 + eps.abs()))
 
 
+@pytest.mark.parametrize("dtype", FULL, ids=str)
+def test_z_is_the_same_with_and_without_a_kl(dtype, device):
+    for shape in [(5, 3), (4, 257)]:
+        mean, logvar = (leaf(*shape, dtype=dtype, device=device, scale=2) for _ in range(2))
+        z, _ = reparameterize_kl(mean, logvar, key=KEY)
+        assert torch.equal(reparameterize(mean, logvar, key=KEY), z)
+
+
 @pytest.mark.parametrize("num_samples", [None, 1, 3])
 @pytest.mark.parametrize("dtype", FULL, ids=str)
 def test_z_is_mean_plus_std_times_the_noise_of_the_contract(

@@ -71,7 +71,11 @@ def project(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, root)
     shutil.copytree(REPOSITORY / "build_support", root / "build_support")
-    for package in ("kernels/fused_elbo/triton", "vae/fused_vae"):
+    for package in (
+        "kernels/fused_elbo/integrations",
+        "kernels/fused_elbo/triton",
+        "vae/fused_vae",
+    ):
         (root / package).mkdir(parents=True)
     return root
 
