@@ -202,6 +202,18 @@ def cuobjdump_path() -> str:
     return found
 
 
+def target_flags(arch: str) -> list[str]:
+    """nvcc's options for one architecture, by way of the PTX that the wheel's code is made of."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from build_support.nvcc import DEFAULT_ARCHS, arch_flags
+    finally:
+        sys.path.pop(0)
+    wheel = " ".join(arch_flags(DEFAULT_ARCHS.split(";")))
+    through = re.search(rf"compute_(\d+),code=\[[^]]*sm_{arch}\b", wheel)
+    return [f"-arch=compute_{through[1] if through else arch}", f"-code=sm_{arch}"]
+
+
 def sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
@@ -221,7 +233,7 @@ def compile_kernels(archs: Sequence[str], files: Iterable[Path] | None = None) -
                     "-std=c++17",
                     "-O3",
                     "-cubin",
-                    f"-arch=sm_{arch}",
+                    *target_flags(arch),
                     str(file),
                     "-o",
                     str(cubin),

@@ -28,7 +28,7 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
   const bool want_grads = p.grad_mean.present();
 
   KlSum<Acc> kl;
-  for (uint32_t u = place.begin; u < place.end; u += place.stride) {
+  for (uint32_t u = place.begin; u < place.end; u += p.latent_plan.stride) {
     const Unit<kIsVector<T>, kViews> unit(p.latent_plan, place.first_unit + u, kUnit, views, base);
     Acc mean[kUnit], logvar[kUnit];
     load_unit<T>(p.mean, unit.at[kMean], unit.valid, mean);
@@ -48,7 +48,7 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
 }
 
 template <typename T, bool kFull>
-__global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ ElboParams p) {
+__global__ void __launch_bounds__(kThreads, kResidentGeneral<T>) elbo_kernel(const __grid_constant__ ElboParams p) {
   using Acc = typename Traits<T>::Acc;
   const Plan& reconstruction = p.reconstruction.plan;
   const bool is_latent = blockIdx.x >= reconstruction.tiles;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ 
   Tree tree = p.tree;
   tree.rows = is_latent ? p.latent_rows : p.reconstruction.result.tree.rows;
   const bool complete = climb(
-      plan, place, tile, value, tree, !p.loss_per_row, is_latent ? item_count(reconstruction) : 0, p.items, total,
+      plan, tile, value, tree, !p.loss_per_row, is_latent ? item_count(reconstruction) : 0, p.items, total,
       [&](int64_t row, Acc sum) {
         double contribution;
         if (is_latent) {

@@ -15,8 +15,6 @@ namespace fused_elbo {
 namespace cuda {
 namespace {
 
-using Keys = Philox<0>;
-
 template <typename T>
 struct Pointers {
   const T *mean, *logvar, *grad_z;
@@ -24,7 +22,7 @@ struct Pointers {
 };
 
 template <typename T, bool kClamp, int kUnits, typename Acc = typename Traits<T>::Acc>
-__device__ inline void backward_units(const Pointers<T>& p, const Keys& philox, uint32_t counter,
+__device__ inline void backward_units(const Pointers<T>& p, const Philox& philox, uint32_t counter,
                                       const Bounds<Acc>& bounds, Acc grad_kl, uint32_t unit, uint32_t stride) {
   constexpr int kUnit = Traits<T>::kUnit;
   Acc m[kUnits][kUnit], lv[kUnits][kUnit], gz[kUnits][kUnit];
@@ -45,11 +43,21 @@ __device__ inline void backward_units(const Pointers<T>& p, const Keys& philox, 
     const Acc half_grad_kl = Acc(0.5) * grad_kl;
     Acc grad_mean[kUnit], grad_logvar[kUnit];
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) {
-      const LogVar<Acc> v = logvar_terms(kClamp ? clamp(lv[i][j], bounds.min, bounds.max) : lv[i][j]);
-      grad_mean[j] = fma(grad_kl, m[i][j], gz[i][j]);
-      grad_logvar[j] = fma(gz[i][j] * v.std, half_eps[j], half_grad_kl * v.expm1());
-      if (kClamp) grad_logvar[j] = lv[i][j] < bounds.min || lv[i][j] > bounds.max ? Acc(0) : grad_logvar[j];
+    for (int j = 0; j < kUnit; j += 2) {
+      const Pair mean(m[i][j], m[i][j + 1]), logvar(lv[i][j], lv[i][j + 1]), grad_z(gz[i][j], gz[i][j + 1]);
+      const LogVar<Pair> v = logvar_terms(kClamp ? clamp(logvar, bounds.min, bounds.max) : logvar);
+      const Pair by_mean = fma(Pair(grad_kl), mean, grad_z);
+      const Pair by_logvar = fma(grad_z * v.std, Pair(half_eps[j], half_eps[j + 1]), Pair(half_grad_kl) * v.expm1());
+      grad_mean[j] = by_mean.v.x;
+      grad_mean[j + 1] = by_mean.v.y;
+      grad_logvar[j] = by_logvar.v.x;
+      grad_logvar[j + 1] = by_logvar.v.y;
+    }
+    if constexpr (kClamp) {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        grad_logvar[j] = lv[i][j] < bounds.min || lv[i][j] > bounds.max ? Acc(0) : grad_logvar[j];
+      }
     }
     const uint64_t at = static_cast<uint64_t>(unit + i * stride) * kUnit;
     store_vector(p.grad_mean + at, grad_mean);
@@ -64,7 +72,7 @@ __device__ inline Acc row_grad_kl(const LatentParams& p, int64_t row) {
 }
 
 template <typename T, bool kClamp>
-__global__ void __launch_bounds__(kThreads, 4) latent_backward_fast(const __grid_constant__ LatentParams p) {
+__global__ void __launch_bounds__(kThreads, kResident<T>) latent_backward_fast(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
   constexpr int kUnits = 8 / kUnit;
@@ -78,25 +86,26 @@ __global__ void __launch_bounds__(kThreads, 4) latent_backward_fast(const __grid
                              static_cast<T*>(p.grad_mean.data) + row * p.grad_mean.row + first,
                              static_cast<T*>(p.grad_logvar.data) + row * p.grad_logvar.row + first};
   const uint64_t counter = (p.first_index + static_cast<uint64_t>(row * p.index.row + first)) >> 2;
-  const Keys philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
+  const Philox philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
   const Bounds<Acc> bounds = clamp_bounds(p, Acc());
   const Acc grad_kl = row_grad_kl<Acc>(p, row);
 
   uint32_t unit = place.begin;
-  for (; unit + (kUnits - 1) * place.stride < place.end; unit += kUnits * place.stride) {
+  for (; unit + (kUnits - 1) * p.plan.stride < place.end; unit += kUnits * p.plan.stride) {
     backward_units<T, kClamp, kUnits>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit,
-                                      place.stride);
+                                      p.plan.stride);
   }
   if constexpr (kUnits > 1) {
     if (unit < place.end) {
       backward_units<T, kClamp, 1>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit,
-                                   place.stride);
+                                   p.plan.stride);
     }
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid_constant__ LatentParams p) {
+__global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
+    latent_backward_general(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
   const Place place = find_place(p.plan, blockIdx.x);
@@ -128,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
   int64_t base[kViews];
   segment_offsets(p.plan, place, views, base);
 
-  for (uint32_t u = place.begin; u < place.end; u += place.stride) {
+  for (uint32_t u = place.begin; u < place.end; u += p.plan.stride) {
     const Unit<kIsVector<T>, kViews> unit(p.plan, place.first_unit + u, kUnit, views, base);
     Acc logvar[kUnit];
     load_unit<T>(p.logvar, unit.at[kLogVar], unit.valid, logvar);

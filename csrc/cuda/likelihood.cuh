@@ -16,7 +16,7 @@ __device__ inline void finish_segment(const LikelihoodParams& p, const Place& pl
   const int64_t segment = place.outer * plan.segments + place.segment;
   if (plan.lanes != 0) {
     value = team_sum(value, plan.lanes);
-    if (place.active && place.lane == 0) store_any(p.segment_grad, segment, p.segment_grad_dtype, value);
+    if (place.active && leads_team(plan)) store_any(p.segment_grad, segment, p.segment_grad_dtype, value);
     return;
   }
   double sum = block_sum(static_cast<double>(value));
@@ -55,7 +55,7 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
   // of logvar; of weights.
   Acc squares = 0, logvars = 0, weighted_squares = 0, weights = 0;
   int64_t count = 0;
-  for (uint32_t u = place.begin; u < place.end; u += place.stride) {
+  for (uint32_t u = place.begin; u < place.end; u += plan.stride) {
     const Unit<kVector, kViews> unit(plan, place.first_unit + u, kUnit, views, base);
     Acc difference[kUnit], mean[kUnit], logvar[kUnit], weight[kUnit];
     load_unit<T>(p.x, unit.at[kX], unit.valid, difference);

@@ -14,7 +14,7 @@ template <typename T, bool kFull>
 __global__ void __launch_bounds__(kThreads) likelihood_forward(const __grid_constant__ LikelihoodParams p) {
   const Place place = find_place(p.plan, blockIdx.x);
   const auto value = likelihood_tile<T, Pass::kForward, kFull>(p, place, blockIdx.x);
-  if (p.result.reduction != Reduction::kNone) finish(p.plan, place, blockIdx.x, value, p.result);
+  if (p.result.reduction != Reduction::kNone) finish(p.plan, blockIdx.x, value, p.result);
 }
 
 template <typename T>

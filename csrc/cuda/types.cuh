@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../args.h"
-#include "intrinsics.cuh"
+#include "pair.cuh"
 
 namespace fused_elbo {
 namespace cuda {
@@ -58,6 +58,13 @@ constexpr bool kIsVector = true;
 template <typename A>
 constexpr bool kIsVector<Any<A>> = false;
 
+// Blocks of a kernel of many operands that share a multiprocessor, so few that none of them spills. Said or not, ptxas
+// aims at some number of its own and would rather spill than miss it.
+template <typename T>
+constexpr int kResidentGeneral = sizeof(typename Traits<T>::Acc) == 8 ? 1
+                                 : kIsVector<T>                       ? 3
+                                                                      : 2;
+
 __device__ inline float to_acc(float x) { return x; }
 __device__ inline double to_acc(double x) { return x; }
 __device__ inline float to_acc(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -111,6 +118,31 @@ __device__ inline uint4 pack(const float (&v)[8], Float16) {
   return make_uint4(pack_float16(v[0], v[1]), pack_float16(v[2], v[3]), pack_float16(v[4], v[5]),
                     pack_float16(v[6], v[7]));
 }
+
+// 16 bytes as they were loaded, half the registers of 2-byte elements in arithmetic: taken apart a pair at a time.
+template <typename T>
+struct Packed {
+  uint32_t word[4];
+  __device__ void load(const T* p) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    word[0] = raw.x, word[1] = raw.y, word[2] = raw.z, word[3] = raw.w;
+  }
+  // Elements j and j + 1, j even.
+  __device__ Pair pair(int j) const {
+    if constexpr (sizeof(T) == 4) {
+      return Pair(__uint_as_float(word[j]), __uint_as_float(word[j + 1]));
+    } else {
+      const uint32_t w = keep(word[j / 2]);
+      if constexpr (Traits<T>::kDType == DType::kBFloat16) {
+        return Pair(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+      } else {
+        float low, high;
+        unpack_float16(w, low, high);
+        return Pair(low, high);
+      }
+    }
+  }
+};
 
 // One unit, 16 bytes per access. `p` must be 16-byte aligned.
 template <typename T, typename Acc, int kUnit>

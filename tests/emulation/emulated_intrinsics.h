@@ -18,6 +18,10 @@ inline double emulated_sign(float x) {
   return (h ^ (h >> 15)) & 0x100 ? 1.0 : -1.0;
 }
 
+inline float2 fma_pair(float2 a, float2 b, float2 c) { return {std::fma(a.x, b.x, c.x), std::fma(a.y, b.y, c.y)}; }
+inline float2 mul_pair(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+inline float2 add_pair(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+
 inline float fma_saturate(float a, float b, float c) {
   const float d = std::fma(a, b, c);
   return d >= 1.0f ? 1.0f : d > 0.0f ? d : 0.0f;  // NaN: 0
@@ -43,6 +47,7 @@ inline float sqrt_approx(float x) {
 }
 
 inline uint32_t keep(uint32_t x) { return x; }
+inline uint32_t after(uint32_t x, float) { return x; }
 
 inline uint32_t round_bfloat16(float x) {
   const uint32_t bits = __float_as_uint(x);
