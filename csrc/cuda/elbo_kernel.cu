@@ -48,7 +48,9 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
 }
 
 template <typename T, bool kFull>
-__global__ void __launch_bounds__(kThreads, kResidentGeneral<T>) elbo_kernel(const __grid_constant__ ElboParams p) {
+__global__ void __launch_bounds__(kThreads,
+                                  kIsVector<T> && sizeof(typename Traits<T>::Acc) < 8 ? 3 : kResidentGeneral<T>)
+    elbo_kernel(const __grid_constant__ ElboParams p) {
   using Acc = typename Traits<T>::Acc;
   const Plan& reconstruction = p.reconstruction.plan;
   const bool is_latent = blockIdx.x >= reconstruction.tiles;

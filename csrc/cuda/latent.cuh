@@ -12,7 +12,7 @@ namespace cuda {
 // Blocks of a fast kernel that share a multiprocessor: four, which means 64 registers. Where pairs are one instruction,
 // operands in adjacent registers cost 2-byte dtypes a few more, and three blocks without a spill are the better half.
 template <typename T>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr int kResident = sizeof(T) == 4 ? 4 : 3;
 #else
 constexpr int kResident = 4;

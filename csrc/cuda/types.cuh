@@ -58,12 +58,10 @@ constexpr bool kIsVector = true;
 template <typename A>
 constexpr bool kIsVector<Any<A>> = false;
 
-// Blocks of a kernel of many operands that share a multiprocessor, so few that none of them spills. Said or not, ptxas
-// aims at some number of its own and would rather spill than miss it.
+// Blocks of a kernel that takes every case that share a multiprocessor, so few that nothing spills. (Unsaid, ptxas aims
+// at a number of its own and would rather spill than miss it.)
 template <typename T>
-constexpr int kResidentGeneral = sizeof(typename Traits<T>::Acc) == 8 ? 1
-                                 : kIsVector<T>                       ? 3
-                                                                      : 2;
+constexpr int kResidentGeneral = sizeof(typename Traits<T>::Acc) == 8 ? 1 : 2;
 
 __device__ inline float to_acc(float x) { return x; }
 __device__ inline double to_acc(double x) { return x; }
