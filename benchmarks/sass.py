@@ -147,6 +147,12 @@ class Kernel:
             counts[pipe(opcode)] += count
         return {name: count / self.elements for name, count in counts.items()}
 
+    def _paired(self) -> float:
+        """FFMA2 and its kind, per element."""
+        assert self.loop is not None
+        paired = (n for op, n in self.loop.opcodes.items() if re.match(r"F(FMA|MUL|ADD)2", op))
+        return sum(paired) / self.elements
+
     def roofline(self, chip: Chip) -> tuple[float, str]:
         """The share of the bandwidth that the instructions leave reachable, and what bounds."""
         pipes = self.pipes()
@@ -157,6 +163,8 @@ class Kernel:
             slots[name] = pipes.get(name, 0.0) * 128 / lanes
         # IMAD runs on half of the lanes that also do FFMA.
         slots["fma"] += pipes.get("imad", 0.0) * 128 / fma_lanes
+        # One instruction for two numbers saves its issue slot, not the lanes' work.
+        slots["fma"] += self._paired() * 128 / fma_lanes
         worst = max(slots, key=lambda name: slots[name])
         budget = chip.slots_per_byte * self.moved
         if slots[worst] <= budget:

@@ -14,12 +14,15 @@
 namespace fused_elbo {
 namespace cuda {
 
-// (x, y) of a and b in one operation, where the machine has it.
-#if __CUDA_ARCH__ >= 1000
+// Both halves of a and b at once: one instruction on compute capability 10 (12 has it in PTX, and two in its machine
+// code).
+#if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr bool kPaired = true;
 __device__ inline float2 fma_pair(float2 a, float2 b, float2 c) { return __ffma2_rn(a, b, c); }
 __device__ inline float2 mul_pair(float2 a, float2 b) { return __fmul2_rn(a, b); }
 __device__ inline float2 add_pair(float2 a, float2 b) { return __fadd2_rn(a, b); }
 #else
+constexpr bool kPaired = false;
 __device__ inline float2 fma_pair(float2 a, float2 b, float2 c) {
   return make_float2(__fmaf_rn(a.x, b.x, c.x), __fmaf_rn(a.y, b.y, c.y));
 }

@@ -1,6 +1,8 @@
 // What the latent kernels share on the device: clamping and the noise of a unit.
 #pragma once
 
+#include <type_traits>
+
 #include "latent.h"
 #include "math.cuh"
 #include "place.cuh"
@@ -9,14 +11,14 @@
 namespace fused_elbo {
 namespace cuda {
 
-// Blocks of a fast kernel that share a multiprocessor: four, which means 64 registers. Where pairs are one instruction,
-// operands in adjacent registers cost 2-byte dtypes a few more, and three blocks without a spill are the better half.
+// Blocks of a fast kernel that share a multiprocessor: four, which means 64 registers. Operands of paired instructions
+// lie in adjacent registers, which costs 2-byte dtypes a few more: three blocks then, and no spill.
 template <typename T>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
-constexpr int kResident = sizeof(T) == 4 ? 4 : 3;
-#else
-constexpr int kResident = 4;
-#endif
+constexpr int kResident = kPaired && sizeof(T) == 2 ? 3 : 4;
+
+// What a fast kernel sums the KL in: two halves where that saves instructions and there are registers for it.
+template <typename T>
+using KlHalves = std::conditional_t<kPaired && sizeof(T) == 4, Pair, float>;
 
 template <typename Acc>
 struct Bounds {

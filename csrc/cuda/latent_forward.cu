@@ -16,7 +16,7 @@ namespace {
 template <typename T, bool kClamp, int kUnits>
 __device__ inline void forward_units(const T* mean, const T* logvar, T* z, const Philox& philox,
                                      const Bounds<float>& bounds, uint32_t counter, uint32_t step,
-                                     KlSum<KlHalves>& kl) {
+                                     KlSum<KlHalves<T>>& kl) {
   constexpr int kUnit = Traits<T>::kUnit;
   Packed<T> m[kUnits], lv[kUnits];
 #pragma unroll
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) latent_forward_fast(co
   const Philox philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
   const Bounds<float> bounds = clamp_bounds(p, 0.0f);
 
-  KlSum<KlHalves> kl;
+  KlSum<KlHalves<T>> kl;
   const uint32_t end = static_cast<uint32_t>(counter) + place.end * (kUnit / 4);
   uint32_t at = static_cast<uint32_t>(counter) + place.begin * (kUnit / 4);
   const uint32_t step = p.plan.stride * (kUnit / 4);

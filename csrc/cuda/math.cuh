@@ -172,12 +172,5 @@ struct KlSum {
   __device__ auto value() const { return sum(fma(V(0.5f), squares, linear)); }
 };
 
-// What a fast kernel sums in: two halves only where that saves instructions, since it takes two registers more.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
-using KlHalves = float;
-#else
-using KlHalves = Pair;
-#endif
-
 }  // namespace cuda
 }  // namespace fused_elbo

@@ -1,5 +1,5 @@
-// Two float32 elements side by side. From compute capability 10.0 on one instruction serves both, which halves the
-// issue slots of the formulas; before, and under the emulation, it is two instructions with the same results.
+// Two float32 elements side by side. On compute capability 10 one instruction serves both, which halves the issue slots
+// of the formulas; elsewhere it is two instructions with the same results.
 #pragma once
 
 #include "../math/scalar.h"

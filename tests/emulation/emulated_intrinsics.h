@@ -18,6 +18,7 @@ inline double emulated_sign(float x) {
   return (h ^ (h >> 15)) & 0x100 ? 1.0 : -1.0;
 }
 
+constexpr bool kPaired = false;
 inline float2 fma_pair(float2 a, float2 b, float2 c) { return {std::fma(a.x, b.x, c.x), std::fma(a.y, b.y, c.y)}; }
 inline float2 mul_pair(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
 inline float2 add_pair(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
