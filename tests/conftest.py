@@ -2,8 +2,8 @@
 
 ``--backends=cpu,cuda`` or ``FUSED_ELBO_TEST_BACKENDS=cpu,cuda`` chooses. By default: all of them
 where there is a GPU, cuda and triton on it. Without one: reference, cpu and cuda, where cuda is the
-same CUDA source compiled for the CPU (tests/emulation); triton runs on its interpreter, which needs a process of its
-own: ``FUSED_ELBO_TEST_BACKENDS=triton``.
+same CUDA source compiled for the CPU (tests/emulation); triton runs on its interpreter, which needs
+a process of its own: ``FUSED_ELBO_TEST_BACKENDS=triton``.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "wrong lane in the noise",
         "math.cuh",
-        "box_muller<kHalve>(w.w2, w.w3, eps[2], eps[3]);",
-        "box_muller<kHalve>(w.w2, w.w3, eps[3], eps[2]);",
+        "eps[2] = c.v.y * cos.v.y;\n  eps[3] = s.v.y * sin.v.y;",
+        "eps[3] = c.v.y * cos.v.y;\n  eps[2] = s.v.y * sin.v.y;",
         "z dtype",
     ),
     Fault(
