@@ -16,7 +16,7 @@ import fused_elbo
 from . import costs, training
 from .providers import PROVIDERS, Provider, is_fused
 from .table import Row
-from .timing import PASSES, GradientPass, Pass, Times, measure
+from .timing import PASSES, GradientPass, Pass, Times, bandwidth, measure
 from .workloads import Workload, make_inputs
 
 _HALF = ("bfloat16", "float16")
@@ -39,7 +39,10 @@ QUICK, FULL = Effort(15, 0.006, 4.0), Effort(41, 0.02, 25.0)
 
 @dataclass
 class Run:
-    """One run on one device: its choices, and what it has found."""
+    """One run on one device: its choices, and what it has found.
+
+    bandwidth: bytes per second, the highest that was found beside any workload so far.
+    """
 
     device: torch.device
     quick: bool
@@ -79,6 +82,7 @@ class Run:
                     continue
                 if made is not None:
                     prepared[provider.name, dtype] = made
+        beside = bandwidth(self.device, self.busy)
         times = measure(
             {f"{name} {dtype}": p.each for (name, dtype), p in prepared.items()},
             self.device,
@@ -87,9 +91,11 @@ class Run:
             self.effort.limit_seconds,
             self.busy,
         )
-        rows = []
+        beside = max(beside, bandwidth(self.device, self.busy))
+        self.bandwidth = max(self.bandwidth, beside)
+        rows: list[Row] = []
         for (name, dtype), p in prepared.items():
-            rows += self._rows(workload, name, dtype, p, times[f"{name} {dtype}"])
+            rows += self._rows(workload, name, dtype, p, times[f"{name} {dtype}"], beside)
         self.rows += rows
         return rows
 
@@ -103,7 +109,13 @@ class Run:
         return ("float32",)
 
     def _rows(
-        self, workload: Workload, provider: str, dtype: str, made: Prepared, times: Times
+        self,
+        workload: Workload,
+        provider: str,
+        dtype: str,
+        made: Prepared,
+        times: Times,
+        bandwidth_beside: float,
     ) -> Iterator[Row]:
         forward, backward = workload.moved_bytes(getattr(torch, dtype).itemsize)
         moved = {"forward": forward, "inference": forward, "backward": backward}
@@ -128,7 +140,7 @@ class Run:
                 p80_us=1e6 * p80,
                 ns_per_element=1e9 * p50 / workload.elements,
                 gb_per_s=None if rate is None else rate / 1e9,
-                share=None if rate is None else rate / self.bandwidth,
+                share=None if rate is None else rate / bandwidth_beside,
                 peak_bytes=made.peak,
                 saved_bytes=made.saved,
                 launches=made.launches,

@@ -86,9 +86,11 @@ def measure(
     limit_seconds: float,
     busy: bool = False,
 ) -> dict[str, Times]:
-    """Interleaved rounds: every provider runs once per round, for about ``sample_seconds``.
+    """Interleaved rounds: every provider has one turn per round, of about ``sample_seconds``.
 
-    Fewer rounds, but at least 5, where they would take more than ``limit_seconds``.
+    A turn begins with a repetition that is not timed: it brings back into the caches what the other
+    providers have displaced, and wakes the threads. Fewer rounds, but at least 5, where they would
+    take more than ``limit_seconds``.
     """
     clock = _Cuda() if device.type == "cuda" else _Cpu(busy)
     repetitions = {}
@@ -99,7 +101,7 @@ def measure(
         once = sum(clock.time(each, 1)[:2])
         once = min(once, sum(clock.time(each, 1)[:2]))
         repetitions[name] = max(1, min(2000, int(sample_seconds / max(once, 1e-7))))
-        round_seconds += 1.5 * once * repetitions[name]
+        round_seconds += once * (1.5 * repetitions[name] + 1)
     rounds = min(rounds, max(5, int(limit_seconds / round_seconds)))
     times = {name: Times() for name in passes}
     collecting = gc.isenabled()
@@ -108,6 +110,7 @@ def measure(
         for _ in range(rounds):
             for name, each in passes.items():
                 n = repetitions[name]
+                each.backward(each.forward())
                 forward, backward = clock.time(each, n)
                 inference = clock.inference(each, n)
                 into = times[name].rounds
@@ -182,7 +185,7 @@ def bandwidth(
     device: torch.device, busy: bool = False, elements: int = 1 << 24, rounds: int = 15
 ) -> float:
     """Bytes per second: a STREAM triad a = b + s * c on a CPU, a copy on a GPU."""
-    a, b, c = (torch.rand(elements, device=device) for _ in range(3))
+    a, b, c = (torch.ones(elements, device=device) for _ in range(3))
 
     def triad() -> None:
         torch.add(b, c, alpha=3.0, out=a)

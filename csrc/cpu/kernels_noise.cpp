@@ -66,8 +66,9 @@ FUSED_ELBO_INLINE void philox_vectors(uint32_t counter_low, uint32_t counter_hig
     c2[part] = product0 ^ round2_key1;
     c3[part] = second0;
   }
+  constexpr int kLast = math::kPhiloxRounds - 1;
 #pragma GCC unroll 8
-  for (int round = 2; round < math::kPhiloxRounds; ++round) {
+  for (int round = 2; round < kLast; ++round) {
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
       const WordVector product0 = multiply_low_halves(c0[part], multiplier0);
@@ -78,14 +79,19 @@ FUSED_ELBO_INLINE void philox_vectors(uint32_t counter_low, uint32_t counter_hig
       c3[part] = product0;
     }
   }
-  const WordVector low = broadcast(0xffffffffu);
+  // The last round joins the two parts of a vector before it adds the keys, which then takes half the operations.
+  const WordVector last_key0 = both_halves(key0[kLast]), last_key1 = both_halves(key1[kLast]);
 #pragma GCC unroll 8
   for (int part = 0; part < kParts; part += 2) {
     const int to = part / 2 * kWidth;
-    *reinterpret_cast<WordVector*>(w0 + to) = (c0[part] & low) | (c0[part + 1] << 32);
-    *reinterpret_cast<WordVector*>(w1 + to) = (c1[part] & low) | (c1[part + 1] << 32);
-    *reinterpret_cast<WordVector*>(w2 + to) = (c2[part] & low) | (c2[part + 1] << 32);
-    *reinterpret_cast<WordVector*>(w3 + to) = (c3[part] & low) | (c3[part + 1] << 32);
+    const WordVector even0 = multiply_low_halves(c0[part], multiplier0);
+    const WordVector even1 = multiply_low_halves(c2[part], multiplier1);
+    const WordVector odd0 = multiply_low_halves(c0[part + 1], multiplier0);
+    const WordVector odd1 = multiply_low_halves(c2[part + 1], multiplier1);
+    *reinterpret_cast<WordVector*>(w0 + to) = xor3(join_high(even1, odd1), join_low(c1[part], c1[part + 1]), last_key0);
+    *reinterpret_cast<WordVector*>(w1 + to) = join_low(even1, odd1);
+    *reinterpret_cast<WordVector*>(w2 + to) = xor3(join_high(even0, odd0), join_low(c3[part], c3[part + 1]), last_key1);
+    *reinterpret_cast<WordVector*>(w3 + to) = join_low(even0, odd0);
   }
 }
 

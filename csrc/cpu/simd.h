@@ -65,6 +65,24 @@ FUSED_ELBO_INLINE WordVector xor3(WordVector a, WordVector b, WordVector c) {
 #endif
 }
 
+// Vectors of 32-bit words: the lower (higher) halves of even at even places, those of odd at odd places.
+FUSED_ELBO_INLINE WordVector join_low(WordVector even, WordVector odd) {
+#if defined(__AVX512F__)
+  return (WordVector)_mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, _MM_PERM_CCAA);
+#else
+  return (even & 0xffffffffu) | (odd << 32);
+#endif
+}
+FUSED_ELBO_INLINE WordVector join_high(WordVector even, WordVector odd) {
+#if defined(__AVX512F__)
+  return (WordVector)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, _MM_PERM_DDBB);
+#else
+  return (even >> 32) | (odd & ~uint64_t{0xffffffffu});
+#endif
+}
+// The lower halves in both.
+FUSED_ELBO_INLINE WordVector both_halves(WordVector words) { return join_low(words, words); }
+
 }  // namespace FUSED_ELBO_ISA
 }  // namespace cpu
 }  // namespace fused_elbo

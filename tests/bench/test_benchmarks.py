@@ -249,3 +249,26 @@ def test_the_busy_clock_does_not_count_waiting(busy: bool) -> None:
         assert len(times.rounds[which]) == 5
         assert (times.quantiles(which)[1] < 1e-3) == busy
     assert times.quantiles("backward")[1] < 1e-3
+
+
+class _Cached:
+    """A pass that is slow whenever another one has run since."""
+
+    last: _Cached | None = None
+
+    def forward(self) -> None:
+        if _Cached.last is not self:
+            time.sleep(2e-3)
+        _Cached.last = self
+
+    def backward(self, outputs: None) -> None:
+        pass
+
+    inference = forward
+
+
+def test_no_provider_pays_for_what_the_one_before_it_has_displaced() -> None:
+    passes: dict[str, timing.Pass] = {"first": _Cached(), "second": _Cached()}
+    for times in timing.measure(passes, torch.device("cpu"), 5, 1e-7, 1.0).values():
+        assert len(times.rounds["forward"]) == 5
+        assert times.quantiles("forward")[1] < 1e-3
