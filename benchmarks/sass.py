@@ -89,7 +89,7 @@ def pipe(opcode: str) -> str:
 class Loop:
     """One turn of a main loop, counted per thread."""
 
-    opcodes: Counter[str]
+    opcodes: dict[str, int]
 
     @property
     def instructions(self) -> int:
@@ -307,7 +307,7 @@ def main_loop(code: Sequence[tuple[int, str]]) -> Loop | None:
         if not jump or int(jump[1], 16) > address:
             continue
         body = Counter(_opcode(text) for at, text in code if int(jump[1], 16) <= at <= address)
-        loop = Loop(body)
+        loop = Loop(dict(body))
         if any(opcode.startswith("BAR") for opcode in body) or not loop.accesses("LDG").get("128"):
             continue
         if best is None or loop.instructions > best.instructions:

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "elements.cuh"
 #include "latent.h"
 #include "math.cuh"
 #include "place.cuh"

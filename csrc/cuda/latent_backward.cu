@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) latent_backward_fast(c
   }
 }
 
-template <typename T>
+template <typename T, bool kElements>
 __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
     latent_backward_general(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
 
   const View* const views[] = {&p.mean,    &p.logvar,    &p.prior_mean,  &p.prior_logvar,    &p.grad_z,
                                &p.grad_kl, &p.grad_mean, &p.grad_logvar, &p.grad_prior_mean, &p.grad_prior_logvar,
-                               &p.index};
+                               &p.index,   &p.mask};
   enum {
     kMean,
     kLogVar,
@@ -132,6 +132,7 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
     kGradPriorMean,
     kGradPriorLogVar,
     kIndex,
+    kMask,
     kViews
   };
   int64_t base[kViews];
@@ -141,6 +142,8 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
     const Unit<kIsVector<T>, kViews> unit(p.plan, place.first_unit + u, kUnit, views, base);
     Acc logvar[kUnit];
     load_unit<T>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
+    Acc slope[kUnit], prior_slope[kUnit] = {};
+    if constexpr (kElements) to_logvar(p.scale, logvar, slope);
 
     // Sums over samples: of grad_z, and of grad_z eps / 2.
     Acc grad_mean[kUnit] = {}, grad_logvar[kUnit] = {};
@@ -177,6 +180,7 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
       if (learned) {
         load_unit<T>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
         load_unit<T>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
+        if constexpr (kElements) to_logvar(p.scale, prior_logvar, prior_slope);
       }
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
@@ -197,18 +201,31 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
       }
     }
 
-    if (p.grad_prior_mean.present()) store_unit<T>(p.grad_prior_mean, unit.at[kGradPriorMean], unit.valid, prior_mean);
-    if (p.grad_prior_logvar.present())
-      store_unit<T>(p.grad_prior_logvar, unit.at[kGradPriorLogVar], unit.valid, prior_logvar);
     if (p.clamp) {
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
         grad_logvar[j] = logvar[j] < bounds.min || logvar[j] > bounds.max ? Acc(0) : grad_logvar[j];
       }
     }
+    if constexpr (kElements) {
+      bool counts[kUnit];
+      load_mask(p.mask, unit.at[kMask], unit.valid, counts);
+      finish_gradients(counts, slope, grad_mean, grad_logvar);
+      finish_gradients(counts, prior_slope, prior_mean, prior_logvar);
+    }
+    if (p.grad_prior_mean.present()) store_unit<T>(p.grad_prior_mean, unit.at[kGradPriorMean], unit.valid, prior_mean);
+    if (p.grad_prior_logvar.present())
+      store_unit<T>(p.grad_prior_logvar, unit.at[kGradPriorLogVar], unit.valid, prior_logvar);
     if (p.grad_mean.present()) store_unit<T>(p.grad_mean, unit.at[kGradMean], unit.valid, grad_mean);
     if (p.grad_logvar.present()) store_unit<T>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
   }
+}
+
+template <bool kElements>
+void launch_strided(const LatentParams& p, DType dtype, void* stream) {
+  launch(dtype == DType::kFloat64 ? latent_backward_general<Any<double>, kElements>
+                                  : latent_backward_general<Any<float>, kElements>,
+         p.plan.tiles, p, stream);
 }
 
 template <typename T>
@@ -217,15 +234,15 @@ void launch_vector(const LatentParams& p, LatentPath path, void* stream) {
     if (path.fast)
       return launch(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>, p.plan.tiles, p, stream);
   }
-  launch(latent_backward_general<T>, p.plan.tiles, p, stream);
+  launch(latent_backward_general<T, false>, p.plan.tiles, p, stream);
 }
 
 }  // namespace
 
 void launch_latent_backward(const LatentParams& p, DType dtype, LatentPath path, void* stream) {
   if (!path.vector) {
-    return launch(dtype == DType::kFloat64 ? latent_backward_general<Any<double>> : latent_backward_general<Any<float>>,
-                  p.plan.tiles, p, stream);
+    if (path.elements) return launch_strided<true>(p, dtype, stream);
+    return launch_strided<false>(p, dtype, stream);
   }
   switch (dtype) {
     case DType::kFloat32:

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) latent_forward_fast(co
 }
 
 // Everything else: any strides, any number of samples, learned prior, elementwise KL, one half of the work.
-template <typename T>
+template <typename T, bool kElements>
 __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
     latent_forward_general(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
   const Bounds<Acc> bounds = clamp_bounds(p, Acc());
   const bool want_z = p.z.present(), want_kl = p.kl.present(), learned = p.prior_mean.present();
 
-  const View* const views[] = {&p.mean, &p.logvar, &p.prior_mean, &p.prior_logvar, &p.z, &p.kl, &p.index};
-  enum { kMean, kLogVar, kPriorMean, kPriorLogVar, kZ, kKl, kIndex, kViews };
+  const View* const views[] = {&p.mean, &p.logvar, &p.prior_mean, &p.prior_logvar, &p.z, &p.kl, &p.index, &p.mask};
+  enum { kMean, kLogVar, kPriorMean, kPriorLogVar, kZ, kKl, kIndex, kMask, kViews };
   int64_t base[kViews];
   segment_offsets(p.plan, place, views, base);
 
@@ -100,12 +100,20 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
       load_unit<T>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
       load_unit<T>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
     }
+    bool counts[kUnit];
+    if constexpr (kElements) {
+      Acc slope[kUnit];
+      to_logvar(p.scale, std, slope);
+      if (learned) to_logvar(p.scale, prior_logvar, slope);
+      load_mask(p.mask, unit.at[kMask], unit.valid, counts);
+    }
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
       const Acc logvar = p.clamp ? clamp(std[j], bounds.min, bounds.max) : std[j];
       const LogVar<Acc> own = logvar_terms(logvar);
       std[j] = own.std;
-      if (!want_kl || j >= unit.valid) continue;
+      if constexpr (kElements) kl[j] = 0;
+      if (!want_kl || (kElements ? !counts[j] : j >= unit.valid)) continue;
       if (learned) {
         const Acc difference = mean[j] - prior_mean[j];
         const Acc scaled = difference * math::exp(-prior_logvar[j]);
@@ -125,11 +133,21 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
       Acc eps[kUnit];
       unit_normals<kIsVector<T>, false>(index, static_cast<uint32_t>(k), p.stream, seed, eps);
 #pragma unroll
-      for (int j = 0; j < kUnit; ++j) eps[j] = math::sample(mean[j], std[j], eps[j]);
+      for (int j = 0; j < kUnit; ++j) {
+        const Acc z = math::sample(mean[j], std[j], eps[j]);
+        eps[j] = kElements && !counts[j] ? Acc(0) : z;
+      }
       store_unit<T>(p.z, unit.at[kZ] + k * p.z.sample, unit.valid, eps);
     }
   }
   if (want_kl && p.result.reduction != Reduction::kNone) finish(p.plan, blockIdx.x, sum.value(), p.result);
+}
+
+template <bool kElements>
+void launch_strided(const LatentParams& p, DType dtype, void* stream) {
+  launch(dtype == DType::kFloat64 ? latent_forward_general<Any<double>, kElements>
+                                  : latent_forward_general<Any<float>, kElements>,
+         p.plan.tiles, p, stream);
 }
 
 template <typename T>
@@ -138,15 +156,15 @@ void launch_vector(const LatentParams& p, LatentPath path, void* stream) {
     if (path.fast)
       return launch(p.clamp ? latent_forward_fast<T, true> : latent_forward_fast<T, false>, p.plan.tiles, p, stream);
   }
-  launch(latent_forward_general<T>, p.plan.tiles, p, stream);
+  launch(latent_forward_general<T, false>, p.plan.tiles, p, stream);
 }
 
 }  // namespace
 
 void launch_latent_forward(const LatentParams& p, DType dtype, LatentPath path, void* stream) {
   if (!path.vector) {
-    return launch(dtype == DType::kFloat64 ? latent_forward_general<Any<double>> : latent_forward_general<Any<float>>,
-                  p.plan.tiles, p, stream);
+    if (path.elements) return launch_strided<true>(p, dtype, stream);
+    return launch_strided<false>(p, dtype, stream);
   }
   switch (dtype) {
     case DType::kFloat32:

@@ -1,6 +1,7 @@
 // log N(x; mean, e^logvar) over one tile: what the likelihood kernels and the loss kernel share.
 #pragma once
 
+#include "elements.cuh"
 #include "likelihood.h"
 #include "math.cuh"
 #include "place.cuh"
@@ -29,7 +30,7 @@ __device__ inline void finish_segment(const LikelihoodParams& p, const Place& pl
 }
 
 // The thread's share of a tile. Returns its part of the row's log-likelihood; writes the elementwise results.
-template <typename T, Pass kPass, bool kFull, typename Acc = typename Traits<T>::Acc>
+template <typename T, Pass kPass, bool kFull, bool kElements, typename Acc = typename Traits<T>::Acc>
 __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& place, uint32_t tile) {
   constexpr int kUnit = Traits<T>::kUnit;
   constexpr bool kVector = kIsVector<T>;
@@ -37,8 +38,9 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
   const Plan& plan = p.plan;
 
   const bool uniform = kVector ? !kFull : p.uniform;
-  const View* const views[] = {&p.x, &p.mean, &p.logvar, &p.grad_ll, &p.grad_mean, &p.grad_x, &p.grad_logvar, &p.ll};
-  enum { kX, kMean, kLogVar, kGradLl, kGradMean, kGradX, kGradLogVar, kLl, kViews };
+  const View* const views[] = {&p.x,      &p.mean,        &p.logvar, &p.grad_ll, &p.grad_mean,
+                               &p.grad_x, &p.grad_logvar, &p.ll,     &p.mask};
+  enum { kX, kMean, kLogVar, kGradLl, kGradMean, kGradX, kGradLogVar, kLl, kMask, kViews };
   int64_t base[kViews] = {};
   Acc row_logvar = static_cast<Acc>(p.logvar_value), row_precision = 1, row_grad = static_cast<Acc>(p.grad_ll_scale);
   if (place.active) {
@@ -72,12 +74,24 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
     if constexpr (kGrad) {
       if (p.grad_elementwise) load_nats<T>(p.grad_ll, unit.at[kGradLl], unit.valid, weight);
     }
-    count += unit.valid;
+    Acc slope[kUnit];
+    bool counts[kUnit];
+    if constexpr (kElements) {
+      if (!uniform) to_logvar(p.scale, logvar, slope);
+      load_mask(p.mask, unit.at[kMask], unit.valid, counts);
+    } else {
+      count += unit.valid;
+    }
 
     Acc value[kUnit], grad_mean[kUnit], grad_logvar[kUnit];
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
-      if (!kVector && j >= unit.valid) continue;
+      if (!kVector && !kElements && j >= unit.valid) continue;
+      if constexpr (kElements) {
+        value[j] = grad_mean[j] = grad_logvar[j] = 0;
+        if (!counts[j]) continue;
+        ++count;
+      }
       difference[j] -= mean[j];
       Acc scaled = difference[j];  // by the precision, where that is not left for the end
       if constexpr (!kVector || kFull) {
@@ -98,6 +112,9 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
         grad_logvar[j] = upstream * fma(Acc(0.5) * whole, difference[j], Acc(-0.5));
         weighted_squares = fma(upstream * scaled, difference[j], weighted_squares);
         weights += upstream;
+        if constexpr (kElements) {
+          if (!uniform) grad_logvar[j] = math::through(slope[j], grad_logvar[j]);
+        }
       }
     }
     if constexpr (kValue) {

@@ -11,26 +11,31 @@ namespace fused_elbo {
 namespace cuda {
 namespace {
 
-template <typename T, bool kFull>
+template <typename T, bool kFull, bool kElements>
 __global__ void __launch_bounds__(kThreads) likelihood_backward(const __grid_constant__ LikelihoodParams p) {
   const Place place = find_place(p.plan, blockIdx.x);
-  likelihood_tile<T, Pass::kBackward, kFull>(p, place, blockIdx.x);
+  likelihood_tile<T, Pass::kBackward, kFull, kElements>(p, place, blockIdx.x);
+}
+
+template <bool kElements>
+void launch_strided(const LikelihoodParams& p, DType dtype, void* stream) {
+  launch(dtype == DType::kFloat64 ? likelihood_backward<Any<double>, false, kElements>
+                                  : likelihood_backward<Any<float>, false, kElements>,
+         p.plan.tiles, p, stream);
 }
 
 template <typename T>
 void launch_vector(const LikelihoodParams& p, bool full, void* stream) {
-  launch(full ? likelihood_backward<T, true> : likelihood_backward<T, false>, p.plan.tiles, p, stream);
+  launch(full ? likelihood_backward<T, true, false> : likelihood_backward<T, false, false>, p.plan.tiles, p, stream);
 }
 
 }  // namespace
 
-void launch_likelihood_backward(const LikelihoodParams& p, DType dtype, Access access, void* stream) {
-  if (access == Access::kStrided) {
-    return launch(
-        dtype == DType::kFloat64 ? likelihood_backward<Any<double>, false> : likelihood_backward<Any<float>, false>,
-        p.plan.tiles, p, stream);
-  }
-  const bool full = access == Access::kFull;
+void launch_likelihood_backward(const PreparedLikelihood& call, DType dtype, void* stream) {
+  const LikelihoodParams& p = call.params;
+  if (call.elements) return launch_strided<true>(p, dtype, stream);
+  if (call.access == Access::kStrided) return launch_strided<false>(p, dtype, stream);
+  const bool full = call.access == Access::kFull;
   switch (dtype) {
     case DType::kFloat32:
       return launch_vector<float>(p, full, stream);

@@ -32,6 +32,11 @@ struct View {
   FUSED_ELBO_HD bool present() const { return data != nullptr; }
 };
 
+// Whether something stands between an operand and the formulas: see elements.cuh.
+inline bool changes_elements(const Scale& scale, const Operand& mask) {
+  return scale.kind != ScaleKind::kPlain || mask.data != nullptr;
+}
+
 struct Plan {
   int64_t samples = 1, rows = 0;  // samples only where they have results of their own (likelihood)
   int64_t segments = 1;           // per row

@@ -3,8 +3,10 @@ is no nvcc."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -112,5 +114,6 @@ def test_the_main_loop_is_found_among_other_loops() -> None:
     ]
     loop = sass.main_loop(code)
     assert loop is not None
-    assert dict(loop.opcodes) == {"LDG.E.128": 1, "FFMA": 1, "BRA": 1}
+    assert loop.opcodes == {"LDG.E.128": 1, "FFMA": 1, "BRA": 1}
     assert loop.loaded_bytes() == 16
+    assert json.loads(json.dumps(asdict(loop))) == {"opcodes": loop.opcodes}

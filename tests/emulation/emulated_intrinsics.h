@@ -40,11 +40,13 @@ inline float log2_approx(float x) {
   return static_cast<float>(exact + 0.9 * error * emulated_sign(x));  // the last tenth is left for rounding
 }
 
-// sqrt.approx.ftz.f32: relative error 2^-23; denormals are 0.
+// sqrt.approx.ftz.f32: relative error 2^-23, rounding included: the outermost float that lies within. Denormals are 0.
 inline float sqrt_approx(float x) {
   if (std::fabs(x) < std::numeric_limits<float>::min()) return x < 0 || std::signbit(x) ? -0.0f : 0.0f;
   const double exact = std::sqrt(static_cast<double>(x));
-  return static_cast<float>(exact * (1.0 + 0x1p-24 * emulated_sign(x)));
+  const auto outermost = static_cast<float>(exact * (1.0 + 0x1p-23 * emulated_sign(x)));
+  const bool outside = std::fabs(outermost - exact) > 0x1p-23 * exact;
+  return outside ? std::nextafter(outermost, static_cast<float>(exact)) : outermost;
 }
 
 inline uint32_t keep(uint32_t x) { return x; }
