@@ -329,14 +329,18 @@ def readable(mangled: str) -> str:
     types = {"f": "float", "d": "double"}
     arguments = []
     if rest.startswith("I"):
-        wrapped = re.match(r"INS\d?_(?:3AnyI([fd])E|(\d+)(B?Float16))E", rest)
+        wrapped = re.match(r"INS\d?_(?:3AnyI([fd])Lb([01])EE|(\d+)(B?Float16))E", rest)
         if wrapped and wrapped[1]:
-            arguments.append(f"Any<{types[wrapped[1]]}>")
+            elements = ", elements" if wrapped[2] == "1" else ""
+            arguments.append(f"Any<{types[wrapped[1]]}{elements}>")
         elif wrapped:
-            arguments.append(wrapped[3])
+            arguments.append(wrapped[4])
         elif rest[1] in types:
             arguments.append(types[rest[1]])
-        arguments += ["true" if flag == "1" else "false" for flag in re.findall(r"Lb([01])E", rest)]
+        flags = rest[wrapped.end() :] if wrapped else rest
+        arguments += [
+            "true" if flag == "1" else "false" for flag in re.findall(r"Lb([01])E", flags)
+        ]
     return f"{base}<{', '.join(arguments)}>" if arguments else base
 
 

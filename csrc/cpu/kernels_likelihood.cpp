@@ -41,6 +41,7 @@ constexpr int64_t kMinRun = 256;
 constexpr int64_t kLikelihoodUnit = 1024;
 
 bool is_constant_per_event(const LikelihoodArgs& args) {
+  if (args.scale.kind != ScaleKind::kPlain) return false;  // parameters are read element by element
   if (!args.logvar.data || args.shape.event <= 1) return true;
   for (int d = 0; d < args.shape.event_dims; ++d) {
     if (args.logvar.stride[d] != 0 && args.shape.size[d] != 1) return false;

@@ -47,7 +47,7 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
   return kl.value();
 }
 
-template <typename T, bool kFull, bool kElements>
+template <typename T, bool kFull>
 __global__ void __launch_bounds__(kThreads,
                                   kIsVector<T> && sizeof(typename Traits<T>::Acc) < 8 ? 3 : kResidentGeneral<T>)
     elbo_kernel(const __grid_constant__ ElboParams p) {
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads,
   const Place place = find_place(plan, tile);
   Acc value;
   if (!is_latent) {
-    value = likelihood_tile<T, Pass::kBoth, kFull, kElements>(p.reconstruction, place, tile);
+    value = likelihood_tile<T, Pass::kBoth, kFull>(p.reconstruction, place, tile);
   } else if (kIsVector<T> && p.latent_in_acc) {
     // A decoder in half precision over a posterior in float32, as autocast leaves them.
     using L = std::conditional_t<kIsVector<T>, Acc, T>;
@@ -114,13 +114,13 @@ __global__ void __launch_bounds__(kThreads,
 template <bool kElements>
 void launch_strided(const ElboParams& p, DType dtype, int64_t tiles, void* stream) {
   launch(
-      dtype == DType::kFloat64 ? elbo_kernel<Any<double>, false, kElements> : elbo_kernel<Any<float>, false, kElements>,
+      dtype == DType::kFloat64 ? elbo_kernel<Any<double, kElements>, false> : elbo_kernel<Any<float, kElements>, false>,
       tiles, p, stream);
 }
 
 template <typename T>
 void launch_vector(const ElboParams& p, bool full, int64_t tiles, void* stream) {
-  launch(full ? elbo_kernel<T, true, false> : elbo_kernel<T, false, false>, tiles, p, stream);
+  launch(full ? elbo_kernel<T, true> : elbo_kernel<T, false>, tiles, p, stream);
 }
 
 }  // namespace

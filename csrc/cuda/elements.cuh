@@ -1,5 +1,5 @@
 // What may stand between an operand and the formulas: a scale parameter in the place of logvar, and a mask of the
-// elements that count. Kernels with kElements take both, and only they: no other kernel has an instruction of it.
+// elements that count. The kernels of Any<Acc, true> take both.
 #pragma once
 
 #include <type_traits>

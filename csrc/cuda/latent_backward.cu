@@ -103,11 +103,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) latent_backward_fast(c
   }
 }
 
-template <typename T, bool kElements>
+template <typename T>
 __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
     latent_backward_general(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
+  constexpr bool kElements = kHasElements<T>;
   const Place place = find_place(p.plan, blockIdx.x);
   const int64_t row = place.row;
   const uint64_t seed = load_seed(p);
@@ -223,8 +224,8 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
 
 template <bool kElements>
 void launch_strided(const LatentParams& p, DType dtype, void* stream) {
-  launch(dtype == DType::kFloat64 ? latent_backward_general<Any<double>, kElements>
-                                  : latent_backward_general<Any<float>, kElements>,
+  launch(dtype == DType::kFloat64 ? latent_backward_general<Any<double, kElements>>
+                                  : latent_backward_general<Any<float, kElements>>,
          p.plan.tiles, p, stream);
 }
 
@@ -234,7 +235,7 @@ void launch_vector(const LatentParams& p, LatentPath path, void* stream) {
     if (path.fast)
       return launch(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>, p.plan.tiles, p, stream);
   }
-  launch(latent_backward_general<T, false>, p.plan.tiles, p, stream);
+  launch(latent_backward_general<T>, p.plan.tiles, p, stream);
 }
 
 }  // namespace

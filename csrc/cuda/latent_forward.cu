@@ -73,11 +73,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) latent_forward_fast(co
 }
 
 // Everything else: any strides, any number of samples, learned prior, elementwise KL, one half of the work.
-template <typename T, bool kElements>
+template <typename T>
 __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
     latent_forward_general(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
+  constexpr bool kElements = kHasElements<T>;
   const Place place = find_place(p.plan, blockIdx.x);
   const uint64_t seed = load_seed(p);
   const Bounds<Acc> bounds = clamp_bounds(p, Acc());
@@ -145,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
 
 template <bool kElements>
 void launch_strided(const LatentParams& p, DType dtype, void* stream) {
-  launch(dtype == DType::kFloat64 ? latent_forward_general<Any<double>, kElements>
-                                  : latent_forward_general<Any<float>, kElements>,
+  launch(dtype == DType::kFloat64 ? latent_forward_general<Any<double, kElements>>
+                                  : latent_forward_general<Any<float, kElements>>,
          p.plan.tiles, p, stream);
 }
 
@@ -156,7 +157,7 @@ void launch_vector(const LatentParams& p, LatentPath path, void* stream) {
     if (path.fast)
       return launch(p.clamp ? latent_forward_fast<T, true> : latent_forward_fast<T, false>, p.plan.tiles, p, stream);
   }
-  launch(latent_forward_general<T, false>, p.plan.tiles, p, stream);
+  launch(latent_forward_general<T>, p.plan.tiles, p, stream);
 }
 
 }  // namespace

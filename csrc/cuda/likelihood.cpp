@@ -58,7 +58,7 @@ PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass,
   int64_t segment = segment_grad ? a.logvar_inner : event;
   if (!segment_grad && run < event && long_runs && !(backward && a.grad_logvar.data != nullptr)) segment = run;
   if (segment_grad && segment == 1) segment = event;
-  p.uniform = run >= segment;
+  p.uniform = run >= segment && a.scale.kind == ScaleKind::kPlain;
   if (pass != Pass::kBoth)
     merge_rows(a, forward, backward, segment_grad || segment != event || (a.logvar.data != nullptr && p.uniform));
   if (segment == event) segment = a.shape.event;

@@ -10,6 +10,10 @@
 namespace fused_elbo {
 namespace cuda {
 
+// Blocks of a kernel that share a multiprocessor: 0 leaves that to the compiler.
+template <typename T>
+constexpr int kResidentLikelihood = kHasElements<T> ? kResidentGeneral<T> : 0;
+
 // One gradient per segment from what its threads hold: in the team, in the block, or by the last block to arrive.
 template <typename Acc>
 __device__ inline void finish_segment(const LikelihoodParams& p, const Place& place, uint32_t tile, Acc value) {
@@ -30,10 +34,10 @@ __device__ inline void finish_segment(const LikelihoodParams& p, const Place& pl
 }
 
 // The thread's share of a tile. Returns its part of the row's log-likelihood; writes the elementwise results.
-template <typename T, Pass kPass, bool kFull, bool kElements, typename Acc = typename Traits<T>::Acc>
+template <typename T, Pass kPass, bool kFull, typename Acc = typename Traits<T>::Acc>
 __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& place, uint32_t tile) {
   constexpr int kUnit = Traits<T>::kUnit;
-  constexpr bool kVector = kIsVector<T>;
+  constexpr bool kVector = kIsVector<T>, kElements = kHasElements<T>;
   constexpr bool kValue = kPass != Pass::kBackward, kGrad = kPass != Pass::kForward;
   const Plan& plan = p.plan;
 

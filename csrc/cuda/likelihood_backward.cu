@@ -11,22 +11,23 @@ namespace fused_elbo {
 namespace cuda {
 namespace {
 
-template <typename T, bool kFull, bool kElements>
-__global__ void __launch_bounds__(kThreads) likelihood_backward(const __grid_constant__ LikelihoodParams p) {
+template <typename T, bool kFull>
+__global__ void __launch_bounds__(kThreads, kResidentLikelihood<T>)
+    likelihood_backward(const __grid_constant__ LikelihoodParams p) {
   const Place place = find_place(p.plan, blockIdx.x);
-  likelihood_tile<T, Pass::kBackward, kFull, kElements>(p, place, blockIdx.x);
+  likelihood_tile<T, Pass::kBackward, kFull>(p, place, blockIdx.x);
 }
 
 template <bool kElements>
 void launch_strided(const LikelihoodParams& p, DType dtype, void* stream) {
-  launch(dtype == DType::kFloat64 ? likelihood_backward<Any<double>, false, kElements>
-                                  : likelihood_backward<Any<float>, false, kElements>,
+  launch(dtype == DType::kFloat64 ? likelihood_backward<Any<double, kElements>, false>
+                                  : likelihood_backward<Any<float, kElements>, false>,
          p.plan.tiles, p, stream);
 }
 
 template <typename T>
 void launch_vector(const LikelihoodParams& p, bool full, void* stream) {
-  launch(full ? likelihood_backward<T, true, false> : likelihood_backward<T, false, false>, p.plan.tiles, p, stream);
+  launch(full ? likelihood_backward<T, true> : likelihood_backward<T, false>, p.plan.tiles, p, stream);
 }
 
 }  // namespace

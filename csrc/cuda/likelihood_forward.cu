@@ -10,23 +10,24 @@ namespace fused_elbo {
 namespace cuda {
 namespace {
 
-template <typename T, bool kFull, bool kElements>
-__global__ void __launch_bounds__(kThreads) likelihood_forward(const __grid_constant__ LikelihoodParams p) {
+template <typename T, bool kFull>
+__global__ void __launch_bounds__(kThreads, kResidentLikelihood<T>)
+    likelihood_forward(const __grid_constant__ LikelihoodParams p) {
   const Place place = find_place(p.plan, blockIdx.x);
-  const auto value = likelihood_tile<T, Pass::kForward, kFull, kElements>(p, place, blockIdx.x);
+  const auto value = likelihood_tile<T, Pass::kForward, kFull>(p, place, blockIdx.x);
   if (p.result.reduction != Reduction::kNone) finish(p.plan, blockIdx.x, value, p.result);
 }
 
 template <bool kElements>
 void launch_strided(const LikelihoodParams& p, DType dtype, void* stream) {
-  launch(dtype == DType::kFloat64 ? likelihood_forward<Any<double>, false, kElements>
-                                  : likelihood_forward<Any<float>, false, kElements>,
+  launch(dtype == DType::kFloat64 ? likelihood_forward<Any<double, kElements>, false>
+                                  : likelihood_forward<Any<float, kElements>, false>,
          p.plan.tiles, p, stream);
 }
 
 template <typename T>
 void launch_vector(const LikelihoodParams& p, bool full, void* stream) {
-  launch(full ? likelihood_forward<T, true, false> : likelihood_forward<T, false, false>, p.plan.tiles, p, stream);
+  launch(full ? likelihood_forward<T, true> : likelihood_forward<T, false>, p.plan.tiles, p, stream);
 }
 
 }  // namespace

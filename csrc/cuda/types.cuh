@@ -45,18 +45,23 @@ struct Traits<Float16> {
 };
 
 // Operands whose dtype the kernel learns at run time, read element by element: one kernel for every layout that 16-byte
-// accesses do not serve. Any<float> stands for float32, bfloat16 and float16, Any<double> for float64.
-template <typename A>
+// accesses do not serve. Any<float> stands for float32, bfloat16 and float16, Any<double> for float64. kElements: with
+// a scale parameter or a mask (elements.cuh), which no other kernel has an instruction of.
+template <typename A, bool kElements = false>
 struct Any {};
-template <typename A>
-struct Traits<Any<A>> {
+template <typename A, bool kElements>
+struct Traits<Any<A, kElements>> {
   using Acc = A;
   static constexpr int kUnit = 4;
 };
 template <typename T>
 constexpr bool kIsVector = true;
+template <typename A, bool kElements>
+constexpr bool kIsVector<Any<A, kElements>> = false;
+template <typename T>
+constexpr bool kHasElements = false;
 template <typename A>
-constexpr bool kIsVector<Any<A>> = false;
+constexpr bool kHasElements<Any<A, true>> = true;
 
 // Blocks of a kernel that takes every case that share a multiprocessor, so few that nothing spills. (Unsaid, ptxas aims
 // at a number of its own and would rather spill than miss it.)
@@ -213,14 +218,14 @@ __device__ inline void with_type(DType dtype, const F& f) {
 }
 
 // The same among the dtypes of Any<Acc>.
-template <typename F>
-__device__ inline void with_type_of(Any<float>, DType dtype, const F& f) {
+template <bool kElements, typename F>
+__device__ inline void with_type_of(Any<float, kElements>, DType dtype, const F& f) {
   if (dtype == DType::kFloat32) return f(float());
   if (dtype == DType::kBFloat16) return f(BFloat16());
   f(Float16());
 }
-template <typename F>
-__device__ inline void with_type_of(Any<double>, DType, const F& f) {
+template <bool kElements, typename F>
+__device__ inline void with_type_of(Any<double, kElements>, DType, const F& f) {
   f(double());
 }
 

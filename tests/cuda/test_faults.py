@@ -80,7 +80,9 @@ FAULTS = (
         "eps[3] = c.v.y * cos.v.y;\n  eps[2] = s.v.y * sin.v.y;",
         "z dtype",
     ),
-    Fault("mask read at the wrong element", "elements.cuh", "bytes[j * ", "bytes[(j ^ 1) * ", "masked"),
+    Fault(
+        "mask read at the wrong element", "elements.cuh", "bytes[j * ", "bytes[(j ^ 1) * ", "masked"
+    ),
     Fault(
         "gradient of what does not count",
         "elements.cuh",
