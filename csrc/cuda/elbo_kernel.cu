@@ -113,9 +113,8 @@ __global__ void __launch_bounds__(kThreads,
 
 template <bool kElements>
 void launch_strided(const ElboParams& p, DType dtype, int64_t tiles, void* stream) {
-  launch(
-      dtype == DType::kFloat64 ? elbo_kernel<Any<double, kElements>, false> : elbo_kernel<Any<float, kElements>, false>,
-      tiles, p, stream);
+  launch(dtype == DType::kFloat64 ? elbo_kernel<Any<double, true>, false> : elbo_kernel<Any<float, kElements>, false>,
+         tiles, p, stream);
 }
 
 template <typename T>

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
 
 template <bool kElements>
 void launch_strided(const LatentParams& p, DType dtype, void* stream) {
-  launch(dtype == DType::kFloat64 ? latent_forward_general<Any<double, kElements>>
+  launch(dtype == DType::kFloat64 ? latent_forward_general<Any<double, true>>
                                   : latent_forward_general<Any<float, kElements>>,
          p.plan.tiles, p, stream);
 }

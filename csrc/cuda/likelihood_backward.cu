@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, kResidentLikelihood<T>)
 
 template <bool kElements>
 void launch_strided(const LikelihoodParams& p, DType dtype, void* stream) {
-  launch(dtype == DType::kFloat64 ? likelihood_backward<Any<double, kElements>, false>
+  launch(dtype == DType::kFloat64 ? likelihood_backward<Any<double, true>, false>
                                   : likelihood_backward<Any<float, kElements>, false>,
          p.plan.tiles, p, stream);
 }

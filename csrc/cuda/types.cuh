@@ -46,7 +46,8 @@ struct Traits<Float16> {
 
 // Operands whose dtype the kernel learns at run time, read element by element: one kernel for every layout that 16-byte
 // accesses do not serve. Any<float> stands for float32, bfloat16 and float16, Any<double> for float64. kElements: with
-// a scale parameter or a mask (elements.cuh), which no other kernel has an instruction of.
+// a scale parameter or a mask (elements.cuh), if there is one. Without it not an instruction of them; float64 has one
+// kernel for all.
 template <typename A, bool kElements = false>
 struct Any {};
 template <typename A, bool kElements>
