@@ -111,34 +111,21 @@ __global__ void __launch_bounds__(kThreads,
   if (complete && threadIdx.x == 0) *loss = static_cast<Acc>(total * p.loss_scale);
 }
 
-template <bool kElements>
-void launch_strided(const ElboParams& p, DType dtype, int64_t tiles, void* stream) {
-  launch(dtype == DType::kFloat64 ? elbo_kernel<Any<double, true>, false> : elbo_kernel<Any<float, kElements>, false>,
-         tiles, p, stream);
-}
-
-template <typename T>
-void launch_vector(const ElboParams& p, bool full, int64_t tiles, void* stream) {
-  launch(full ? elbo_kernel<T, true> : elbo_kernel<T, false>, tiles, p, stream);
-}
-
 }  // namespace
 
 void launch_elbo(const ElboParams& p, DType dtype, Access access, bool elements, void* stream) {
-  const int64_t tiles = p.reconstruction.plan.tiles + p.latent_plan.tiles;
-  if (elements) return launch_strided<true>(p, dtype, tiles, stream);
-  if (access == Access::kStrided) return launch_strided<false>(p, dtype, tiles, stream);
-  const bool full = access == Access::kFull;
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_vector<float>(p, full, tiles, stream);
-    case DType::kFloat64:
-      return launch_vector<double>(p, full, tiles, stream);
-    case DType::kBFloat16:
-      return launch_vector<BFloat16>(p, full, tiles, stream);
-    case DType::kFloat16:
-      return launch_vector<Float16>(p, full, tiles, stream);
+  const auto run = [&](void (*kernel)(ElboParams)) {
+    launch(kernel, p.reconstruction.plan.tiles + p.latent_plan.tiles, p, stream);
+  };
+  if (access == Access::kStrided) {
+    return run(dtype == DType::kFloat64 ? elbo_kernel<Any<double, true>, false>
+               : elements               ? elbo_kernel<Any<float, true>, false>
+                                        : elbo_kernel<Any<float>, false>);
   }
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    run(access == Access::kFull ? elbo_kernel<T, true> : elbo_kernel<T, false>);
+  });
 }
 
 }  // namespace cuda

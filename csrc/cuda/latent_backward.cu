@@ -222,39 +222,22 @@ __global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
   }
 }
 
-template <bool kElements>
-void launch_strided(const LatentParams& p, DType dtype, void* stream) {
-  launch(dtype == DType::kFloat64 ? latent_backward_general<Any<double, true>>
-                                  : latent_backward_general<Any<float, kElements>>,
-         p.plan.tiles, p, stream);
-}
-
-template <typename T>
-void launch_vector(const LatentParams& p, LatentPath path, void* stream) {
-  if constexpr (sizeof(T) < 8) {
-    if (path.fast)
-      return launch(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>, p.plan.tiles, p, stream);
-  }
-  launch(latent_backward_general<T>, p.plan.tiles, p, stream);
-}
-
 }  // namespace
 
 void launch_latent_backward(const LatentParams& p, DType dtype, LatentPath path, void* stream) {
+  const auto run = [&](void (*kernel)(LatentParams)) { launch(kernel, p.plan.tiles, p, stream); };
   if (!path.vector) {
-    if (path.elements) return launch_strided<true>(p, dtype, stream);
-    return launch_strided<false>(p, dtype, stream);
+    return run(dtype == DType::kFloat64 ? latent_backward_general<Any<double, true>>
+               : path.elements          ? latent_backward_general<Any<float, true>>
+                                        : latent_backward_general<Any<float>>);
   }
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_vector<float>(p, path, stream);
-    case DType::kFloat64:
-      return launch_vector<double>(p, path, stream);
-    case DType::kBFloat16:
-      return launch_vector<BFloat16>(p, path, stream);
-    case DType::kFloat16:
-      return launch_vector<Float16>(p, path, stream);
-  }
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) < 8) {
+      if (path.fast) return run(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>);
+    }
+    run(latent_backward_general<T>);
+  });
 }
 
 }  // namespace cuda

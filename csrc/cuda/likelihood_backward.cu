@@ -18,35 +18,21 @@ __global__ void __launch_bounds__(kThreads, kResidentLikelihood<T>)
   likelihood_tile<T, Pass::kBackward, kFull>(p, place, blockIdx.x);
 }
 
-template <bool kElements>
-void launch_strided(const LikelihoodParams& p, DType dtype, void* stream) {
-  launch(dtype == DType::kFloat64 ? likelihood_backward<Any<double, true>, false>
-                                  : likelihood_backward<Any<float, kElements>, false>,
-         p.plan.tiles, p, stream);
-}
-
-template <typename T>
-void launch_vector(const LikelihoodParams& p, bool full, void* stream) {
-  launch(full ? likelihood_backward<T, true> : likelihood_backward<T, false>, p.plan.tiles, p, stream);
-}
-
 }  // namespace
 
 void launch_likelihood_backward(const PreparedLikelihood& call, DType dtype, void* stream) {
-  const LikelihoodParams& p = call.params;
-  if (call.elements) return launch_strided<true>(p, dtype, stream);
-  if (call.access == Access::kStrided) return launch_strided<false>(p, dtype, stream);
-  const bool full = call.access == Access::kFull;
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_vector<float>(p, full, stream);
-    case DType::kFloat64:
-      return launch_vector<double>(p, full, stream);
-    case DType::kBFloat16:
-      return launch_vector<BFloat16>(p, full, stream);
-    case DType::kFloat16:
-      return launch_vector<Float16>(p, full, stream);
+  const auto run = [&](void (*kernel)(LikelihoodParams)) {
+    launch(kernel, call.params.plan.tiles, call.params, stream);
+  };
+  if (call.access == Access::kStrided) {
+    return run(dtype == DType::kFloat64 ? likelihood_backward<Any<double, true>, false>
+               : call.elements          ? likelihood_backward<Any<float, true>, false>
+                                        : likelihood_backward<Any<float>, false>);
   }
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    run(call.access == Access::kFull ? likelihood_backward<T, true> : likelihood_backward<T, false>);
+  });
 }
 
 }  // namespace cuda

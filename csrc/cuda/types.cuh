@@ -218,7 +218,23 @@ __device__ inline void with_type(DType dtype, const F& f) {
   }
 }
 
-// The same among the dtypes of Any<Acc>.
+// On the host, for a kernel's template arguments: a function of its own, because nvcc lets no function for both sides
+// call one of the host.
+template <typename F>
+inline void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float());
+    case DType::kFloat64:
+      return f(double());
+    case DType::kBFloat16:
+      return f(BFloat16());
+    case DType::kFloat16:
+      return f(Float16());
+  }
+}
+
+// Among the dtypes of Any<Acc>.
 template <bool kElements, typename F>
 __device__ inline void with_type_of(Any<float, kElements>, DType dtype, const F& f) {
   if (dtype == DType::kFloat32) return f(float());
