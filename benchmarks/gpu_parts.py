@@ -93,6 +93,11 @@ def exercise() -> str:
                 out = elbo_loss(x, mean, mean, logvar, recon_logvar=logvar)
                 torch.autograd.grad(out.loss, (mean, logvar))
                 calls += 1
+                for param, mask in (("softplus_std", None), ("logvar", x > 0)):
+                    z, kl = reparameterize_kl(mean, logvar, key=NoiseKey(1), param=param, mask=mask)
+                    ll = gaussian_log_likelihood(x, z, logvar, param=param, mask=mask)
+                    torch.autograd.grad(kl.sum() - ll.sum(), (mean, logvar))
+                    calls += 2
     torch.cuda.synchronize()
     return f"{calls} calls"
 

@@ -135,7 +135,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_calls_of_the_device_parts_are_right_calls() -> None:
     """Here by the CPU kernels."""
     with use_backend("cpu"):
-        assert int(gpu_parts.exercise().split()[0]) == 5 * 2 * (7 + 3 * 3)
+        assert int(gpu_parts.exercise().split()[0]) == 5 * 2 * (11 + 3 * 7)
         measured = list(gpu_parts._measured(4, 16))
     assert [(kernel, moved) for kernel, moved, _ in measured] == [
         ("latent forward float32", 4 * 16 * 12),
