@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test build torch lint format wheel sass tsan clean
+.PHONY: demo test build torch lint format wheel sass gpu-check tsan clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := test
 
@@ -65,7 +65,12 @@ wheel: torch
 sass: build-test
 	$(BIN)/python benchmarks/sass.py
 
-# The emulated CUDA kernels with a thread per CUDA thread, under ThreadSanitizer. Takes minutes.
+# For whoever has a GPU: the suite on it, CUDA graphs, compute-sanitizer, benchmarks, share of a copy's bandwidth.
+# GPU_CHECK=--quick make gpu-check   within eight minutes
+gpu-check: build-test,bench
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
+
+# The emulated CUDA kernels with a thread per CUDA thread, under ThreadSanitizer. Takes a minute.
 tsan: build-test
 	FUSED_ELBO_TSAN=1 $(BIN)/python -m pytest tests/cuda/test_sanitizers.py
 

@@ -89,7 +89,7 @@ def pipe(opcode: str) -> str:
 class Loop:
     """One turn of a main loop, counted per thread."""
 
-    opcodes: Counter[str]
+    opcodes: dict[str, int]
 
     @property
     def instructions(self) -> int:
@@ -147,6 +147,12 @@ class Kernel:
             counts[pipe(opcode)] += count
         return {name: count / self.elements for name, count in counts.items()}
 
+    def _paired(self) -> float:
+        """FFMA2 and its kind, per element."""
+        assert self.loop is not None
+        paired = (n for op, n in self.loop.opcodes.items() if re.match(r"F(FMA|MUL|ADD)2", op))
+        return sum(paired) / self.elements
+
     def roofline(self, chip: Chip) -> tuple[float, str]:
         """The share of the bandwidth that the instructions leave reachable, and what bounds."""
         pipes = self.pipes()
@@ -157,6 +163,8 @@ class Kernel:
             slots[name] = pipes.get(name, 0.0) * 128 / lanes
         # IMAD runs on half of the lanes that also do FFMA.
         slots["fma"] += pipes.get("imad", 0.0) * 128 / fma_lanes
+        # One instruction for two numbers saves its issue slot, not the lanes' work.
+        slots["fma"] += self._paired() * 128 / fma_lanes
         worst = max(slots, key=lambda name: slots[name])
         budget = chip.slots_per_byte * self.moved
         if slots[worst] <= budget:
@@ -202,6 +210,18 @@ def cuobjdump_path() -> str:
     return found
 
 
+def target_flags(arch: str) -> list[str]:
+    """nvcc's options for one architecture, by way of the PTX that the wheel's code is made of."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from build_support.nvcc import DEFAULT_ARCHS, arch_flags
+    finally:
+        sys.path.pop(0)
+    wheel = " ".join(arch_flags(DEFAULT_ARCHS.split(";")))
+    through = re.search(rf"compute_(\d+),code=\[[^]]*sm_{arch}\b", wheel)
+    return [f"-arch=compute_{through[1] if through else arch}", f"-code=sm_{arch}"]
+
+
 def sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
@@ -221,7 +241,7 @@ def compile_kernels(archs: Sequence[str], files: Iterable[Path] | None = None) -
                     "-std=c++17",
                     "-O3",
                     "-cubin",
-                    f"-arch=sm_{arch}",
+                    *target_flags(arch),
                     str(file),
                     "-o",
                     str(cubin),
@@ -287,7 +307,7 @@ def main_loop(code: Sequence[tuple[int, str]]) -> Loop | None:
         if not jump or int(jump[1], 16) > address:
             continue
         body = Counter(_opcode(text) for at, text in code if int(jump[1], 16) <= at <= address)
-        loop = Loop(body)
+        loop = Loop(dict(body))
         if any(opcode.startswith("BAR") for opcode in body) or not loop.accesses("LDG").get("128"):
             continue
         if best is None or loop.instructions > best.instructions:
@@ -309,14 +329,18 @@ def readable(mangled: str) -> str:
     types = {"f": "float", "d": "double"}
     arguments = []
     if rest.startswith("I"):
-        wrapped = re.match(r"INS\d?_(?:3AnyI([fd])E|(\d+)(B?Float16))E", rest)
+        wrapped = re.match(r"INS\d?_(?:3AnyI([fd])Lb([01])EE|(\d+)(B?Float16))E", rest)
         if wrapped and wrapped[1]:
-            arguments.append(f"Any<{types[wrapped[1]]}>")
+            elements = ", elements" if wrapped[2] == "1" else ""
+            arguments.append(f"Any<{types[wrapped[1]]}{elements}>")
         elif wrapped:
-            arguments.append(wrapped[3])
+            arguments.append(wrapped[4])
         elif rest[1] in types:
             arguments.append(types[rest[1]])
-        arguments += ["true" if flag == "1" else "false" for flag in re.findall(r"Lb([01])E", rest)]
+        flags = rest[wrapped.end() :] if wrapped else rest
+        arguments += [
+            "true" if flag == "1" else "false" for flag in re.findall(r"Lb([01])E", flags)
+        ]
     return f"{base}<{', '.join(arguments)}>" if arguments else base
 
 

@@ -1,9 +1,9 @@
 """Which backends this run tests, and why it leaves the others out: see the pytest header.
 
-``--backends=cpu,cuda`` or ``FUSED_ELBO_TEST_BACKENDS=cpu,cuda`` chooses. By default: reference, cpu
-and cuda, where cuda is the device if there is one, and else the same CUDA source compiled for the
-CPU (tests/emulation). Without a GPU triton runs on its interpreter, which needs a process of its
-own: ``FUSED_ELBO_TEST_BACKENDS=triton``.
+``--backends=cpu,cuda`` or ``FUSED_ELBO_TEST_BACKENDS=cpu,cuda`` chooses. By default: all of them
+where there is a GPU, cuda and triton on it. Without one: reference, cpu and cuda, where cuda is the
+same CUDA source compiled for the CPU (tests/emulation); triton runs on its interpreter, which needs
+a process of its own: ``FUSED_ELBO_TEST_BACKENDS=triton``.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
             )
         os.environ["TRITON_INTERPRET"] = "1"
 
+    default = KNOWN if torch.cuda.is_available() else DEFAULT
     running: dict[str, str] = {}
     left_out = {
-        name: "not among the chosen backends" for name in KNOWN if name not in (chosen or DEFAULT)
+        name: "not among the chosen backends" for name in KNOWN if name not in (chosen or default)
     }
-    for name in chosen or DEFAULT:
+    for name in chosen or default:
         how, reason = _prepare(name)
         if reason is None:
             running[name] = how
@@ -64,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"the {name} backend was to be tested and cannot run: {reason}")
         else:
             left_out[name] = reason
-    if not chosen:
+    if not chosen and not torch.cuda.is_available():
         left_out["triton"] = (
             "its interpreter needs a process of its own: FUSED_ELBO_TEST_BACKENDS=triton"
         )

@@ -303,6 +303,8 @@ void LatentWork<T>::forward_unit(const NoiseGenerator& first, const Range& range
       store_output(z_, one, z, buffers.first);
     }
   }
+  // A clamp may leave other nats than 0 of a logvar of 0.
+  if (mask_ && nats && args_.clamp) keep_counted(buffers.keep, arrays.nats, count, arrays.nats);
   if (elementwise) {
     store_output(kl_, range, arrays.nats, buffers.nats);
   } else if (nats) {

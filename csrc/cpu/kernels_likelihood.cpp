@@ -41,6 +41,7 @@ constexpr int64_t kMinRun = 256;
 constexpr int64_t kLikelihoodUnit = 1024;
 
 bool is_constant_per_event(const LikelihoodArgs& args) {
+  if (args.scale.kind != ScaleKind::kPlain) return false;  // parameters are read element by element
   if (!args.logvar.data || args.shape.event <= 1) return true;
   for (int d = 0; d < args.shape.event_dims; ++d) {
     if (args.logvar.stride[d] != 0 && args.shape.size[d] != 1) return false;
@@ -151,8 +152,8 @@ LikelihoodWork<T>::LikelihoodWork(const LikelihoodArgs& args, Pass pass, double*
       grad_logvar_wanted_(wants_grad_logvar(args, pass)),
       partials_(sums_later(args, pass, cut_, totals) ? partials : nullptr),
       logvar_partials_(nullptr) {
-  constant_ = args.reduction != Reduction::kNone && args.mask.data == nullptr && args.scale.kind == ScaleKind::kPlain &&
-              (cut_.runs > 1 || is_constant_per_event(args));
+  constant_ =
+      args.reduction != Reduction::kNone && args.mask.data == nullptr && (cut_.runs > 1 || is_constant_per_event(args));
   one_logvar_ = !args.logvar.data ||
                 (cut_.runs == 1 && constant_ && args.logvar.row_stride == 0 && args.logvar.sample_stride == 0);
   if (grad_logvar_wanted_ && splits_grad_logvar(args, cut_)) {

@@ -8,6 +8,7 @@ namespace {
 struct Prepared {
   ElboParams params;
   Access access;
+  bool elements;
 };
 
 // Whether 16-byte accesses serve the latent, in units of the reconstruction.
@@ -40,6 +41,7 @@ Prepared prepare(const ElboArgs& a, Pass pass, Workspace& workspace) {
   if (own_kl && reconstruction.access == Access::kStrided) lay_out_latent(p, latent_args, dtype, true);
   p.reconstruction = reconstruction.params;
   r.access = reconstruction.access;
+  r.elements = reconstruction.elements;
 
   p.grad_kl = a.latent.grad_kl.data;
   p.grad_kl_scale = a.latent.grad_kl_scale;
@@ -87,7 +89,7 @@ void elbo(const ElboArgs& args, Pass pass, void* memory, const Context& context)
   if (r.params.items == 0 && !args.loss_per_row) {
     write_empty_sum(args.loss.data, item_size(args.loss.dtype), args.loss_scale, context.stream);
   }
-  launch_elbo(r.params, args.reconstruction.dtype, r.access, context.stream);
+  launch_elbo(r.params, args.reconstruction.dtype, r.access, r.elements, context.stream);
 }
 
 }  // namespace cuda

@@ -28,7 +28,8 @@ struct ElboParams {
   int64_t items = 0;
 };
 
-void launch_elbo(const ElboParams&, DType, Access, void* stream);
+// access, elements: those of the reconstruction.
+void launch_elbo(const ElboParams&, DType, Access, bool elements, void* stream);
 
 }  // namespace cuda
 }  // namespace fused_elbo

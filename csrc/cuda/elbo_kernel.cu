@@ -28,7 +28,7 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
   const bool want_grads = p.grad_mean.present();
 
   KlSum<Acc> kl;
-  for (uint32_t u = place.begin; u < place.end; u += place.stride) {
+  for (uint32_t u = place.begin; u < place.end; u += p.latent_plan.stride) {
     const Unit<kIsVector<T>, kViews> unit(p.latent_plan, place.first_unit + u, kUnit, views, base);
     Acc mean[kUnit], logvar[kUnit];
     load_unit<T>(p.mean, unit.at[kMean], unit.valid, mean);
@@ -48,7 +48,9 @@ __device__ inline Acc kl_tile(const ElboParams& p, const Place& place) {
 }
 
 template <typename T, bool kFull>
-__global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ ElboParams p) {
+__global__ void __launch_bounds__(kThreads,
+                                  kIsVector<T> && sizeof(typename Traits<T>::Acc) < 8 ? 3 : kResidentGeneral<T>)
+    elbo_kernel(const __grid_constant__ ElboParams p) {
   using Acc = typename Traits<T>::Acc;
   const Plan& reconstruction = p.reconstruction.plan;
   const bool is_latent = blockIdx.x >= reconstruction.tiles;
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ 
   Tree tree = p.tree;
   tree.rows = is_latent ? p.latent_rows : p.reconstruction.result.tree.rows;
   const bool complete = climb(
-      plan, place, tile, value, tree, !p.loss_per_row, is_latent ? item_count(reconstruction) : 0, p.items, total,
+      plan, tile, value, tree, !p.loss_per_row, is_latent ? item_count(reconstruction) : 0, p.items, total,
       [&](int64_t row, Acc sum) {
         double contribution;
         if (is_latent) {
@@ -109,30 +111,21 @@ __global__ void __launch_bounds__(kThreads) elbo_kernel(const __grid_constant__ 
   if (complete && threadIdx.x == 0) *loss = static_cast<Acc>(total * p.loss_scale);
 }
 
-template <typename T>
-void launch_vector(const ElboParams& p, bool full, int64_t tiles, void* stream) {
-  launch(full ? elbo_kernel<T, true> : elbo_kernel<T, false>, tiles, p, stream);
-}
-
 }  // namespace
 
-void launch_elbo(const ElboParams& p, DType dtype, Access access, void* stream) {
-  const int64_t tiles = p.reconstruction.plan.tiles + p.latent_plan.tiles;
+void launch_elbo(const ElboParams& p, DType dtype, Access access, bool elements, void* stream) {
+  const auto run = [&](void (*kernel)(ElboParams)) {
+    launch(kernel, p.reconstruction.plan.tiles + p.latent_plan.tiles, p, stream);
+  };
   if (access == Access::kStrided) {
-    return launch(dtype == DType::kFloat64 ? elbo_kernel<Any<double>, false> : elbo_kernel<Any<float>, false>, tiles, p,
-                  stream);
+    return run(dtype == DType::kFloat64 ? elbo_kernel<Any<double, true>, false>
+               : elements               ? elbo_kernel<Any<float, true>, false>
+                                        : elbo_kernel<Any<float>, false>);
   }
-  const bool full = access == Access::kFull;
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_vector<float>(p, full, tiles, stream);
-    case DType::kFloat64:
-      return launch_vector<double>(p, full, tiles, stream);
-    case DType::kBFloat16:
-      return launch_vector<BFloat16>(p, full, tiles, stream);
-    case DType::kFloat16:
-      return launch_vector<Float16>(p, full, tiles, stream);
-  }
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    run(access == Access::kFull ? elbo_kernel<T, true> : elbo_kernel<T, false>);
+  });
 }
 
 }  // namespace cuda

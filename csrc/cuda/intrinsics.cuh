@@ -14,6 +14,22 @@
 namespace fused_elbo {
 namespace cuda {
 
+// Both halves of a and b at once: one instruction on compute capability 10 (12 has it in PTX, and two in its machine
+// code).
+#if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr bool kPaired = true;
+__device__ inline float2 fma_pair(float2 a, float2 b, float2 c) { return __ffma2_rn(a, b, c); }
+__device__ inline float2 mul_pair(float2 a, float2 b) { return __fmul2_rn(a, b); }
+__device__ inline float2 add_pair(float2 a, float2 b) { return __fadd2_rn(a, b); }
+#else
+constexpr bool kPaired = false;
+__device__ inline float2 fma_pair(float2 a, float2 b, float2 c) {
+  return make_float2(__fmaf_rn(a.x, b.x, c.x), __fmaf_rn(a.y, b.y, c.y));
+}
+__device__ inline float2 mul_pair(float2 a, float2 b) { return make_float2(a.x * b.x, a.y * b.y); }
+__device__ inline float2 add_pair(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
+#endif
+
 // a * b + c, cut to [0, 1]; NaN becomes 0.
 __device__ inline float fma_saturate(float a, float b, float c) {
   float d;
@@ -60,6 +76,12 @@ __device__ inline float sqrt_approx(float x) {
 // The value, in a register from here on: the compiler may not compute it again where it is used.
 __device__ inline uint32_t keep(uint32_t x) {
   asm("" : "+r"(x));
+  return x;
+}
+
+// x, not before `ready` is known: keeps the compiler from working on both at once.
+__device__ inline uint32_t after(uint32_t x, float ready) {
+  asm("" : "+r"(x) : "f"(ready));
   return x;
 }
 

@@ -38,7 +38,8 @@ void merge_rows(LatentArgs& a, bool backward) {
                          &a.grad_mean,
                          &a.grad_logvar,
                          &a.grad_prior_mean,
-                         &a.grad_prior_logvar};
+                         &a.grad_prior_logvar,
+                         &a.mask};
   for (const Operand* o : operands) {
     if (o != nullptr && o->data != nullptr && o->row_stride != s.event * o->stride[0]) return;
   }
@@ -51,6 +52,8 @@ Prepared prepare(const LatentArgs& original, Pass pass, const Workspace& memory,
   const bool backward = pass == Pass::kBackward;
   LatentArgs a = original;
   Prepared r;
+  r.path.elements = changes_elements(a.scale, a.mask);
+  strided = strided || r.path.elements;
   LatentParams& p = r.params;
   p.first_index = static_cast<uint64_t>(a.key.row_offset) * static_cast<uint64_t>(a.shape.event);
   merge_rows(a, backward);
@@ -87,6 +90,8 @@ Prepared prepare(const LatentArgs& original, Pass pass, const Workspace& memory,
   p.seed = a.key.seed;
   p.seed_value = a.key.seed_value;
   p.stream = a.key.stream;
+  p.scale = a.scale;
+  p.mask = layout.view(a.mask, true);
   p.clamp = a.clamp;
   p.clamp_min = a.clamp_min;
   p.clamp_max = a.clamp_max;

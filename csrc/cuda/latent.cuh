@@ -1,6 +1,9 @@
 // What the latent kernels share on the device: clamping and the noise of a unit.
 #pragma once
 
+#include <type_traits>
+
+#include "elements.cuh"
 #include "latent.h"
 #include "math.cuh"
 #include "place.cuh"
@@ -8,6 +11,15 @@
 
 namespace fused_elbo {
 namespace cuda {
+
+// Blocks of a fast kernel that share a multiprocessor: four, which means 64 registers. Operands of paired instructions
+// lie in adjacent registers, which costs 2-byte dtypes a few more: three blocks then, and no spill.
+template <typename T>
+constexpr int kResident = kPaired && sizeof(T) == 2 ? 3 : 4;
+
+// What a fast kernel sums the KL in: two halves where that saves instructions and there are registers for it.
+template <typename T>
+using KlHalves = std::conditional_t<kPaired && sizeof(T) == 4, Pair, float>;
 
 template <typename Acc>
 struct Bounds {

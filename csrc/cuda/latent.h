@@ -25,12 +25,17 @@ struct LatentParams {
   Result result;  // of the KL
   double grad_kl_scale = 1;
   bool has_grad_kl = false;
+
+  Scale scale;
+  View mask;
 };
 
 // fast: all operands in units of 16 bytes, one sample, N(0, I), counters aligned with the units and of one high word.
+// elements: a scale parameter or a mask (elements.cuh); never in units of 16 bytes.
 struct LatentPath {
   bool vector = false;
   bool fast = false;
+  bool elements = false;
 };
 
 void launch_latent_forward(const LatentParams&, DType, LatentPath, void* stream);

@@ -15,8 +15,6 @@ namespace fused_elbo {
 namespace cuda {
 namespace {
 
-using Keys = Philox<0>;
-
 template <typename T>
 struct Pointers {
   const T *mean, *logvar, *grad_z;
@@ -24,7 +22,7 @@ struct Pointers {
 };
 
 template <typename T, bool kClamp, int kUnits, typename Acc = typename Traits<T>::Acc>
-__device__ inline void backward_units(const Pointers<T>& p, const Keys& philox, uint32_t counter,
+__device__ inline void backward_units(const Pointers<T>& p, const Philox& philox, uint32_t counter,
                                       const Bounds<Acc>& bounds, Acc grad_kl, uint32_t unit, uint32_t stride) {
   constexpr int kUnit = Traits<T>::kUnit;
   Acc m[kUnits][kUnit], lv[kUnits][kUnit], gz[kUnits][kUnit];
@@ -45,11 +43,21 @@ __device__ inline void backward_units(const Pointers<T>& p, const Keys& philox, 
     const Acc half_grad_kl = Acc(0.5) * grad_kl;
     Acc grad_mean[kUnit], grad_logvar[kUnit];
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) {
-      const LogVar<Acc> v = logvar_terms(kClamp ? clamp(lv[i][j], bounds.min, bounds.max) : lv[i][j]);
-      grad_mean[j] = fma(grad_kl, m[i][j], gz[i][j]);
-      grad_logvar[j] = fma(gz[i][j] * v.std, half_eps[j], half_grad_kl * v.expm1());
-      if (kClamp) grad_logvar[j] = lv[i][j] < bounds.min || lv[i][j] > bounds.max ? Acc(0) : grad_logvar[j];
+    for (int j = 0; j < kUnit; j += 2) {
+      const Pair mean(m[i][j], m[i][j + 1]), logvar(lv[i][j], lv[i][j + 1]), grad_z(gz[i][j], gz[i][j + 1]);
+      const LogVar<Pair> v = logvar_terms(kClamp ? clamp(logvar, bounds.min, bounds.max) : logvar);
+      const Pair by_mean = fma(Pair(grad_kl), mean, grad_z);
+      const Pair by_logvar = fma(grad_z * v.std, Pair(half_eps[j], half_eps[j + 1]), Pair(half_grad_kl) * v.expm1());
+      grad_mean[j] = by_mean.v.x;
+      grad_mean[j + 1] = by_mean.v.y;
+      grad_logvar[j] = by_logvar.v.x;
+      grad_logvar[j + 1] = by_logvar.v.y;
+    }
+    if constexpr (kClamp) {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        grad_logvar[j] = lv[i][j] < bounds.min || lv[i][j] > bounds.max ? Acc(0) : grad_logvar[j];
+      }
     }
     const uint64_t at = static_cast<uint64_t>(unit + i * stride) * kUnit;
     store_vector(p.grad_mean + at, grad_mean);
@@ -64,7 +72,7 @@ __device__ inline Acc row_grad_kl(const LatentParams& p, int64_t row) {
 }
 
 template <typename T, bool kClamp>
-__global__ void __launch_bounds__(kThreads, 4) latent_backward_fast(const __grid_constant__ LatentParams p) {
+__global__ void __launch_bounds__(kThreads, kResident<T>) latent_backward_fast(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
   constexpr int kUnits = 8 / kUnit;
@@ -78,27 +86,29 @@ __global__ void __launch_bounds__(kThreads, 4) latent_backward_fast(const __grid
                              static_cast<T*>(p.grad_mean.data) + row * p.grad_mean.row + first,
                              static_cast<T*>(p.grad_logvar.data) + row * p.grad_logvar.row + first};
   const uint64_t counter = (p.first_index + static_cast<uint64_t>(row * p.index.row + first)) >> 2;
-  const Keys philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
+  const Philox philox(load_seed(p), static_cast<uint32_t>(counter >> 32), 0, p.stream);
   const Bounds<Acc> bounds = clamp_bounds(p, Acc());
   const Acc grad_kl = row_grad_kl<Acc>(p, row);
 
   uint32_t unit = place.begin;
-  for (; unit + (kUnits - 1) * place.stride < place.end; unit += kUnits * place.stride) {
+  for (; unit + (kUnits - 1) * p.plan.stride < place.end; unit += kUnits * p.plan.stride) {
     backward_units<T, kClamp, kUnits>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit,
-                                      place.stride);
+                                      p.plan.stride);
   }
   if constexpr (kUnits > 1) {
     if (unit < place.end) {
       backward_units<T, kClamp, 1>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit,
-                                   place.stride);
+                                   p.plan.stride);
     }
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid_constant__ LatentParams p) {
+__global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
+    latent_backward_general(const __grid_constant__ LatentParams p) {
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
+  constexpr bool kElements = kHasElements<T>;
   const Place place = find_place(p.plan, blockIdx.x);
   const int64_t row = place.row;
   const uint64_t seed = load_seed(p);
@@ -110,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
 
   const View* const views[] = {&p.mean,    &p.logvar,    &p.prior_mean,  &p.prior_logvar,    &p.grad_z,
                                &p.grad_kl, &p.grad_mean, &p.grad_logvar, &p.grad_prior_mean, &p.grad_prior_logvar,
-                               &p.index};
+                               &p.index,   &p.mask};
   enum {
     kMean,
     kLogVar,
@@ -123,15 +133,18 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
     kGradPriorMean,
     kGradPriorLogVar,
     kIndex,
+    kMask,
     kViews
   };
   int64_t base[kViews];
   segment_offsets(p.plan, place, views, base);
 
-  for (uint32_t u = place.begin; u < place.end; u += place.stride) {
+  for (uint32_t u = place.begin; u < place.end; u += p.plan.stride) {
     const Unit<kIsVector<T>, kViews> unit(p.plan, place.first_unit + u, kUnit, views, base);
     Acc logvar[kUnit];
     load_unit<T>(p.logvar, unit.at[kLogVar], unit.valid, logvar);
+    Acc slope[kUnit], prior_slope[kUnit] = {};
+    if constexpr (kElements) to_logvar(p.scale, logvar, slope);
 
     // Sums over samples: of grad_z, and of grad_z eps / 2.
     Acc grad_mean[kUnit] = {}, grad_logvar[kUnit] = {};
@@ -168,6 +181,7 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
       if (learned) {
         load_unit<T>(p.prior_mean, unit.at[kPriorMean], unit.valid, prior_mean);
         load_unit<T>(p.prior_logvar, unit.at[kPriorLogVar], unit.valid, prior_logvar);
+        if constexpr (kElements) to_logvar(p.scale, prior_logvar, prior_slope);
       }
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
@@ -188,46 +202,42 @@ __global__ void __launch_bounds__(kThreads) latent_backward_general(const __grid
       }
     }
 
-    if (p.grad_prior_mean.present()) store_unit<T>(p.grad_prior_mean, unit.at[kGradPriorMean], unit.valid, prior_mean);
-    if (p.grad_prior_logvar.present())
-      store_unit<T>(p.grad_prior_logvar, unit.at[kGradPriorLogVar], unit.valid, prior_logvar);
     if (p.clamp) {
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
         grad_logvar[j] = logvar[j] < bounds.min || logvar[j] > bounds.max ? Acc(0) : grad_logvar[j];
       }
     }
+    if constexpr (kElements) {
+      bool counts[kUnit];
+      load_mask(p.mask, unit.at[kMask], unit.valid, counts);
+      finish_gradients(counts, slope, grad_mean, grad_logvar);
+      finish_gradients(counts, prior_slope, prior_mean, prior_logvar);
+    }
+    if (p.grad_prior_mean.present()) store_unit<T>(p.grad_prior_mean, unit.at[kGradPriorMean], unit.valid, prior_mean);
+    if (p.grad_prior_logvar.present())
+      store_unit<T>(p.grad_prior_logvar, unit.at[kGradPriorLogVar], unit.valid, prior_logvar);
     if (p.grad_mean.present()) store_unit<T>(p.grad_mean, unit.at[kGradMean], unit.valid, grad_mean);
     if (p.grad_logvar.present()) store_unit<T>(p.grad_logvar, unit.at[kGradLogVar], unit.valid, grad_logvar);
   }
 }
 
-template <typename T>
-void launch_vector(const LatentParams& p, LatentPath path, void* stream) {
-  if constexpr (sizeof(T) < 8) {
-    if (path.fast)
-      return launch(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>, p.plan.tiles, p, stream);
-  }
-  launch(latent_backward_general<T>, p.plan.tiles, p, stream);
-}
-
 }  // namespace
 
 void launch_latent_backward(const LatentParams& p, DType dtype, LatentPath path, void* stream) {
+  const auto run = [&](void (*kernel)(LatentParams)) { launch(kernel, p.plan.tiles, p, stream); };
   if (!path.vector) {
-    return launch(dtype == DType::kFloat64 ? latent_backward_general<Any<double>> : latent_backward_general<Any<float>>,
-                  p.plan.tiles, p, stream);
+    return run(dtype == DType::kFloat64 ? latent_backward_general<Any<double, true>>
+               : path.elements          ? latent_backward_general<Any<float, true>>
+                                        : latent_backward_general<Any<float>>);
   }
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_vector<float>(p, path, stream);
-    case DType::kFloat64:
-      return launch_vector<double>(p, path, stream);
-    case DType::kBFloat16:
-      return launch_vector<BFloat16>(p, path, stream);
-    case DType::kFloat16:
-      return launch_vector<Float16>(p, path, stream);
-  }
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) < 8) {
+      if (path.fast) return run(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>);
+    }
+    run(latent_backward_general<T>);
+  });
 }
 
 }  // namespace cuda

@@ -22,9 +22,15 @@ void merge_rows(LikelihoodArgs& a, bool forward, bool backward, bool segments) {
   if (segments || grad_per_row || (forward && a.reduction == Reduction::kSample) || s.event_dims != 1 || s.rows <= 1)
     return;
   const bool elements = a.reduction == Reduction::kNone;
-  const Operand* operands[] = {
-      &a.x,         &a.mean,   &a.logvar,     elements && forward ? &a.ll : nullptr, backward ? &a.grad_ll : nullptr,
-      &a.grad_mean, &a.grad_x, &a.grad_logvar};
+  const Operand* operands[] = {&a.x,
+                               &a.mean,
+                               &a.logvar,
+                               elements && forward ? &a.ll : nullptr,
+                               backward ? &a.grad_ll : nullptr,
+                               &a.grad_mean,
+                               &a.grad_x,
+                               &a.grad_logvar,
+                               &a.mask};
   for (const Operand* o : operands) {
     if (o != nullptr && o->data != nullptr && o->row_stride != s.event * o->stride[0]) return;
   }
@@ -40,6 +46,8 @@ PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass,
   LikelihoodArgs a = original;
   PreparedLikelihood r;
   LikelihoodParams& p = r.params;
+  r.elements = changes_elements(a.scale, a.mask);
+  strided = strided || r.elements;
   const int unit = strided ? kStridedUnit : unit_elements(a.dtype);
 
   const bool segment_grad = backward && a.grad_logvar.data != nullptr && a.logvar_inner > 1;
@@ -50,7 +58,7 @@ PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass,
   int64_t segment = segment_grad ? a.logvar_inner : event;
   if (!segment_grad && run < event && long_runs && !(backward && a.grad_logvar.data != nullptr)) segment = run;
   if (segment_grad && segment == 1) segment = event;
-  p.uniform = run >= segment;
+  p.uniform = run >= segment && a.scale.kind == ScaleKind::kPlain;
   if (pass != Pass::kBoth)
     merge_rows(a, forward, backward, segment_grad || segment != event || (a.logvar.data != nullptr && p.uniform));
   if (segment == event) segment = a.shape.event;
@@ -69,6 +77,8 @@ PreparedLikelihood prepare_likelihood(const LikelihoodArgs& original, Pass pass,
   }
   if (!p.uniform && !full) layout.forbid_vector();
   p.logvar_value = a.logvar_value;
+  p.scale = a.scale;
+  p.mask = layout.view(a.mask, true);
   if (forward && a.reduction == Reduction::kNone) p.ll = layout.view(a.ll);
   if (backward) {
     bool elementwise = false;
@@ -118,14 +128,14 @@ void likelihood(const LikelihoodArgs& args, Pass pass, void* memory, const Conte
   const LikelihoodParams& p = r.params;
   clear(memory, counted.ticket_bytes(), context.stream);
   if (pass == Pass::kBackward) {
-    launch_likelihood_backward(p, args.dtype, r.access, context.stream);
+    launch_likelihood_backward(r, args.dtype, context.stream);
     return;
   }
   const bool scalar = args.reduction == Reduction::kSum || args.reduction == Reduction::kBatchMean;
   if (scalar && p.plan.tiles == 0) {
     write_empty_sum(p.result.out.data, item_size(p.result.out.dtype), args.ll_scale, context.stream);
   }
-  launch_likelihood_forward(p, args.dtype, r.access, context.stream);
+  launch_likelihood_forward(r, args.dtype, context.stream);
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 // log N(x; mean, e^logvar) over one tile: what the likelihood kernels and the loss kernel share.
 #pragma once
 
+#include "elements.cuh"
 #include "likelihood.h"
 #include "math.cuh"
 #include "place.cuh"
@@ -9,6 +10,10 @@
 namespace fused_elbo {
 namespace cuda {
 
+// Blocks of a kernel that share a multiprocessor: 0 leaves that to the compiler.
+template <typename T>
+constexpr int kResidentLikelihood = kHasElements<T> ? kResidentGeneral<T> : 0;
+
 // One gradient per segment from what its threads hold: in the team, in the block, or by the last block to arrive.
 template <typename Acc>
 __device__ inline void finish_segment(const LikelihoodParams& p, const Place& place, uint32_t tile, Acc value) {
@@ -16,7 +21,7 @@ __device__ inline void finish_segment(const LikelihoodParams& p, const Place& pl
   const int64_t segment = place.outer * plan.segments + place.segment;
   if (plan.lanes != 0) {
     value = team_sum(value, plan.lanes);
-    if (place.active && place.lane == 0) store_any(p.segment_grad, segment, p.segment_grad_dtype, value);
+    if (place.active && leads_team(plan)) store_any(p.segment_grad, segment, p.segment_grad_dtype, value);
     return;
   }
   double sum = block_sum(static_cast<double>(value));
@@ -32,13 +37,14 @@ __device__ inline void finish_segment(const LikelihoodParams& p, const Place& pl
 template <typename T, Pass kPass, bool kFull, typename Acc = typename Traits<T>::Acc>
 __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& place, uint32_t tile) {
   constexpr int kUnit = Traits<T>::kUnit;
-  constexpr bool kVector = kIsVector<T>;
+  constexpr bool kVector = kIsVector<T>, kElements = kHasElements<T>;
   constexpr bool kValue = kPass != Pass::kBackward, kGrad = kPass != Pass::kForward;
   const Plan& plan = p.plan;
 
   const bool uniform = kVector ? !kFull : p.uniform;
-  const View* const views[] = {&p.x, &p.mean, &p.logvar, &p.grad_ll, &p.grad_mean, &p.grad_x, &p.grad_logvar, &p.ll};
-  enum { kX, kMean, kLogVar, kGradLl, kGradMean, kGradX, kGradLogVar, kLl, kViews };
+  const View* const views[] = {&p.x,      &p.mean,        &p.logvar, &p.grad_ll, &p.grad_mean,
+                               &p.grad_x, &p.grad_logvar, &p.ll,     &p.mask};
+  enum { kX, kMean, kLogVar, kGradLl, kGradMean, kGradX, kGradLogVar, kLl, kMask, kViews };
   int64_t base[kViews] = {};
   Acc row_logvar = static_cast<Acc>(p.logvar_value), row_precision = 1, row_grad = static_cast<Acc>(p.grad_ll_scale);
   if (place.active) {
@@ -55,7 +61,7 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
   // of logvar; of weights.
   Acc squares = 0, logvars = 0, weighted_squares = 0, weights = 0;
   int64_t count = 0;
-  for (uint32_t u = place.begin; u < place.end; u += place.stride) {
+  for (uint32_t u = place.begin; u < place.end; u += plan.stride) {
     const Unit<kVector, kViews> unit(plan, place.first_unit + u, kUnit, views, base);
     Acc difference[kUnit], mean[kUnit], logvar[kUnit], weight[kUnit];
     load_unit<T>(p.x, unit.at[kX], unit.valid, difference);
@@ -72,12 +78,24 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
     if constexpr (kGrad) {
       if (p.grad_elementwise) load_nats<T>(p.grad_ll, unit.at[kGradLl], unit.valid, weight);
     }
-    count += unit.valid;
+    Acc slope[kUnit];
+    bool counts[kUnit];
+    if constexpr (kElements) {
+      if (!uniform) to_logvar(p.scale, logvar, slope);
+      load_mask(p.mask, unit.at[kMask], unit.valid, counts);
+    } else {
+      count += unit.valid;
+    }
 
     Acc value[kUnit], grad_mean[kUnit], grad_logvar[kUnit];
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
-      if (!kVector && j >= unit.valid) continue;
+      if (!kVector && !kElements && j >= unit.valid) continue;
+      if constexpr (kElements) {
+        value[j] = grad_mean[j] = grad_logvar[j] = 0;
+        if (!counts[j]) continue;
+        ++count;
+      }
       difference[j] -= mean[j];
       Acc scaled = difference[j];  // by the precision, where that is not left for the end
       if constexpr (!kVector || kFull) {
@@ -98,6 +116,9 @@ __device__ inline Acc likelihood_tile(const LikelihoodParams& p, const Place& pl
         grad_logvar[j] = upstream * fma(Acc(0.5) * whole, difference[j], Acc(-0.5));
         weighted_squares = fma(upstream * scaled, difference[j], weighted_squares);
         weights += upstream;
+        if constexpr (kElements) {
+          if (!uniform) grad_logvar[j] = math::through(slope[j], grad_logvar[j]);
+        }
       }
     }
     if constexpr (kValue) {

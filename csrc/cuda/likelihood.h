@@ -25,15 +25,19 @@ struct LikelihoodParams {
   Parts segment_parts;  // where blocks share a segment
   View ll;              // elementwise; otherwise in result
   Result result;
-};
 
-void launch_likelihood_forward(const LikelihoodParams&, DType, Access, void* stream);
-void launch_likelihood_backward(const LikelihoodParams&, DType, Access, void* stream);
+  Scale scale;
+  View mask;
+};
 
 struct PreparedLikelihood {
   LikelihoodParams params;
   Access access = Access::kStrided;
+  bool elements = false;  // a scale parameter or a mask (elements.cuh); always kStrided
 };
+void launch_likelihood_forward(const PreparedLikelihood&, DType, void* stream);
+void launch_likelihood_backward(const PreparedLikelihood&, DType, void* stream);
+
 // strided: not to read 16 bytes at a time, whatever the layout.
 PreparedLikelihood prepare_likelihood(const LikelihoodArgs&, Pass, Workspace&, bool strided = false);
 

@@ -12,35 +12,27 @@ namespace cuda {
 namespace {
 
 template <typename T, bool kFull>
-__global__ void __launch_bounds__(kThreads) likelihood_backward(const __grid_constant__ LikelihoodParams p) {
+__global__ void __launch_bounds__(kThreads, kResidentLikelihood<T>)
+    likelihood_backward(const __grid_constant__ LikelihoodParams p) {
   const Place place = find_place(p.plan, blockIdx.x);
   likelihood_tile<T, Pass::kBackward, kFull>(p, place, blockIdx.x);
 }
 
-template <typename T>
-void launch_vector(const LikelihoodParams& p, bool full, void* stream) {
-  launch(full ? likelihood_backward<T, true> : likelihood_backward<T, false>, p.plan.tiles, p, stream);
-}
-
 }  // namespace
 
-void launch_likelihood_backward(const LikelihoodParams& p, DType dtype, Access access, void* stream) {
-  if (access == Access::kStrided) {
-    return launch(
-        dtype == DType::kFloat64 ? likelihood_backward<Any<double>, false> : likelihood_backward<Any<float>, false>,
-        p.plan.tiles, p, stream);
+void launch_likelihood_backward(const PreparedLikelihood& call, DType dtype, void* stream) {
+  const auto run = [&](void (*kernel)(LikelihoodParams)) {
+    launch(kernel, call.params.plan.tiles, call.params, stream);
+  };
+  if (call.access == Access::kStrided) {
+    return run(dtype == DType::kFloat64 ? likelihood_backward<Any<double, true>, false>
+               : call.elements          ? likelihood_backward<Any<float, true>, false>
+                                        : likelihood_backward<Any<float>, false>);
   }
-  const bool full = access == Access::kFull;
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_vector<float>(p, full, stream);
-    case DType::kFloat64:
-      return launch_vector<double>(p, full, stream);
-    case DType::kBFloat16:
-      return launch_vector<BFloat16>(p, full, stream);
-    case DType::kFloat16:
-      return launch_vector<Float16>(p, full, stream);
-  }
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    run(call.access == Access::kFull ? likelihood_backward<T, true> : likelihood_backward<T, false>);
+  });
 }
 
 }  // namespace cuda

@@ -8,7 +8,7 @@
 #include "../math/gaussian.h"
 #include "../math/normal.h"
 #include "../math/philox.h"
-#include "intrinsics.cuh"
+#include "pair.cuh"
 
 namespace fused_elbo {
 namespace cuda {
@@ -18,44 +18,55 @@ using math::poly;
 
 // sqrt(-log2 u). Below 0.9 the 2^-22.6 of lg2.approx costs the radius 2.4e-7; above, the error would grow as 1/radius,
 // and log2(1 + t) = t P(t) takes over, relative error 1.4e-7. u = 1 gives 0.
-__device__ inline float radius_approx(float u) {
-  const float t = u - 1.0f;
-  const float near_one = t * poly(t, 1.44269476f, -0.72143543f, 0.47662027f, -0.42615031f);
-  return sqrt_approx(-(u > 0.9f ? near_one : log2_approx(u)));
+__device__ inline Pair radius_approx(Pair u) {
+  const Pair t = u - Pair(1.0f);
+  const Pair near_one = t * poly(t, Pair(1.44269476f), Pair(-0.72143543f), 0.47662027f, -0.42615031f);
+  const auto radius = [](float u, float near_one) { return sqrt_approx(-(u > 0.9f ? near_one : log2_approx(u))); };
+  return Pair(radius(u.v.x, near_one.v.x), radius(u.v.y, near_one.v.y));
 }
 
-// kScale times the normals of two words; sqrt(2 ln 2) of the radius and kScale sit in the coefficients. Errors weighted
-// by what the noise contract allows, 1e-7 for the cosine (degree 8) and 4e-9 for the sine (degree 9).
+// The four normals of one counter's words; kHalve gives eps / 2, which is what the gradient by logvar wants.
+// sqrt(2 ln 2) of the radius and the 1/2 sit in the coefficients. Errors weighted by what the noise contract allows,
+// 1e-7 for the cosine (degree 8) and 4e-9 for the sine (degree 9).
 template <int kHalve>
-__device__ inline void box_muller(uint32_t even_word, uint32_t odd_word, float& even, float& odd) {
+__device__ inline void normals(const math::PhiloxWords& w, float* eps) {
   constexpr float k = kHalve ? 0.5f : 1.0f;
-  const float r = radius_approx(math::uniform(even_word, 0.0f));
-  const float half_turns = fma(static_cast<float>(odd_word), 0x1p-31f, 0x1p-32f);
-  const float shifted = half_turns + 12582912.0f;
-  const float y = half_turns - (shifted - 12582912.0f);
-  const float z = y * y;
-  const float signed_r = __uint_as_float(__float_as_uint(r) ^ (__float_as_uint(shifted) << 31));
-  const float cos = poly(z, k * 1.17740989f, k * -1.10062573f, k * 0.37573835f, k * -0.06415316f);
-  const float sin = poly(z, k * 3.69894264f, k * -6.08451214f, k * 3.00246316f, k * -0.7043007f, k * 0.09118847f);
-  even = (signed_r * fma(z, -4.0f, 1.0f)) * cos;
-  odd = (signed_r * y) * sin;
+  const Pair even(static_cast<float>(w.w0), static_cast<float>(w.w2));
+  const Pair odd(static_cast<float>(w.w1), static_cast<float>(w.w3));
+  const Pair r = radius_approx(fma(even, 0x1p-32f, 0x1p-33f));
+  const Pair half_turns = fma(odd, 0x1p-31f, 0x1p-32f);
+  const Pair shifted = half_turns + Pair(12582912.0f);
+  const Pair y = half_turns - (shifted - Pair(12582912.0f));
+  const Pair z = y * y;
+  const auto signed_by = [](float r, float shifted) {
+    return __uint_as_float(__float_as_uint(r) ^ (__float_as_uint(shifted) << 31));
+  };
+  const Pair signed_r(signed_by(r.v.x, shifted.v.x), signed_by(r.v.y, shifted.v.y));
+  const Pair cos = poly(z, Pair(k * 1.17740989f), Pair(k * -1.10062573f), k * 0.37573835f, k * -0.06415316f);
+  const Pair sin =
+      poly(z, Pair(k * 3.69894264f), Pair(k * -6.08451214f), k * 3.00246316f, k * -0.7043007f, k * 0.09118847f);
+  const Pair c = signed_r * fma(z, -4.0f, 1.0f);
+  const Pair s = signed_r * y;
+  // One by one: the elements' own pairs lie across these.
+  eps[0] = c.v.x * cos.v.x;
+  eps[1] = s.v.x * sin.v.x;
+  eps[2] = c.v.y * cos.v.y;
+  eps[3] = s.v.y * sin.v.y;
 }
 
 template <int kHalve>
-__device__ inline void box_muller(uint32_t even_word, uint32_t odd_word, double& even, double& odd) {
-  math::box_muller(even_word, odd_word, even, odd);
+__device__ inline void normals(const math::PhiloxWords& w, double* eps) {
+  math::box_muller(w.w0, w.w1, eps[0], eps[1]);
+  math::box_muller(w.w2, w.w3, eps[2], eps[3]);
   if constexpr (kHalve) {
-    even *= 0.5;
-    odd *= 0.5;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) eps[i] *= 0.5;
   }
 }
 
 // Philox with the key schedule worked out once per thread: 20 additions less per counter. Counter words 1 to 3 are the
 // same for every counter of a thread, so that the compiler moves what depends on them alone (a product of the second
 // round) out of the loop.
-// kWorkedOut: rounds whose keys may be worked out again at every counter. With all 20 kept, a kernel of 64 registers
-// spills.
-template <int kWorkedOut>
 class Philox {
  public:
   __device__ Philox(uint64_t seed, uint32_t counter_high, uint32_t sample, uint32_t stream)
@@ -63,8 +74,8 @@ class Philox {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
     for (int round = 0; round < math::kPhiloxRounds; ++round) {
-      key0_[round] = round < kWorkedOut ? key0 : keep(key0);
-      key1_[round] = round < kWorkedOut ? key1 : keep(key1);
+      key0_[round] = keep(key0);
+      key1_[round] = keep(key1);
       key0 += math::kPhiloxWeyl0;
       key1 += math::kPhiloxWeyl1;
     }
@@ -87,13 +98,6 @@ class Philox {
   uint32_t key0_[math::kPhiloxRounds], key1_[math::kPhiloxRounds];
 };
 
-// The four normals of one counter's words; kHalve gives eps / 2, which is what the gradient by logvar wants.
-template <int kHalve, typename Acc>
-__device__ inline void normals(const math::PhiloxWords& w, Acc* eps) {
-  box_muller<kHalve>(w.w0, w.w1, eps[0], eps[1]);
-  box_muller<kHalve>(w.w2, w.w3, eps[2], eps[3]);
-}
-
 // What one exponential gives of a logvar x: std = e^(x/2), w = e^(x/2) - 1, phi_half = e^(x/2) - 1 - x/2. Then
 // phi(x) = w^2 + 2 phi_half and e^x - 1 = w (w + 2), neither with cancellation.
 template <typename Acc>
@@ -103,29 +107,32 @@ struct LogVar {
   __device__ Acc expm1() const { return fma(w, w, w + w); }
 };
 
-__device__ inline LogVar<float> logvar_terms(float x) {
-  const float h = 0.5f * x;
+// V: float or Pair.
+template <typename V>
+__device__ inline LogVar<V> logvar_terms(V x) {
+  const V h = V(0.5f) * x;
   // n = rint(h / ln 2) held to [-127, 127] by the saturation (NaN: -127); power = 2^n, 0 at -127. At n = 127 the
   // remainder r may grow: up to ln 2 the polynomial still serves, beyond it everything overflows to infinity, as it
   // should.
-  const float unit = fma_saturate(h, 1.44269504f / 254.0f, 0.5f);
-  const float shifted = fma(unit, 254.0f, 12582912.0f);
-  const float n = shifted - (12582912.0f + 127.0f);
-  const float power = __uint_as_float(__float_as_uint(shifted) << 23);
-  const float r = fma(n, 1.90465421e-9f, fma(n, -0.693147182f, h));
+  const V unit = fma_saturate(h, 1.44269504f / 254.0f, 0.5f);
+  const V shifted = fma(unit, V(254.0f), V(12582912.0f));
+  const V n = shifted - V(12582912.0f + 127.0f);
+  const V power = shift_left(shifted, 23);
+  const V r = fma(n, V(1.90465421e-9f), fma(n, V(-0.693147182f), h));
   // At n = -127, r has no lower bound and power is 0: keep 0 * p finite. NaN stays NaN.
-  const float bounded = max_nan(r, -1.0f);
-  const float p = (bounded * bounded) *
-                  poly(bounded, 0.5f, 0.166666672f, 0.0416664667f, 0.00833336078f, 0.00139336067f, 0.000198578025f);
-  const float em = power - 1.0f;
-  const float q = bounded + p;
-  LogVar<float> terms;
+  const V bounded = max_nan(r, -1.0f);
+  const V p = (bounded * bounded) *
+              poly(bounded, V(0.5f), V(0.166666672f), 0.0416664667f, 0.00833336078f, 0.00139336067f, 0.000198578025f);
+  const V em = power - V(1.0f);
+  const V q = bounded + p;
+  LogVar<V> terms;
   terms.std = fma(power, q, power);
   terms.w = fma(power, q, em);
-  terms.phi_half = fma(power, p, fma(em, r, fma(n, -0.693147182f, em)));
+  terms.phi_half = fma(power, p, fma(em, r, fma(n, V(-0.693147182f), em)));
   return terms;
 }
 
+template <>
 __device__ inline LogVar<double> logvar_terms(double x) {
   using C = math::ExpConstants<double>;
   const math::Reduced<double> e = math::reduce_exp(0.5 * x, 0);
@@ -138,21 +145,30 @@ __device__ inline LogVar<double> logvar_terms(double x) {
 }
 
 // As torch.clamp: NaN passes through.
-template <typename Acc>
-__device__ inline Acc clamp(Acc x, Acc min, Acc max) {
+template <typename V, typename Acc>
+__device__ inline V clamp(V x, Acc min, Acc max) {
   return min_nan(max_nan(x, min), max);
 }
 
 // KL in two sums, squares and the rest, because that saves an instruction per element: kl = squares / 2 + linear.
-template <typename Acc>
+// V: Acc, or Pair for a sum in two halves.
+template <typename V>
 struct KlSum {
-  Acc squares = 0, linear = 0;
-  __device__ void add(Acc mean, const LogVar<Acc>& v) {
+  V squares = V(0.0f), linear = V(0.0f);
+  __device__ void add(V mean, const LogVar<V>& v) {
     squares = fma(mean, mean, squares);
     squares = fma(v.w, v.w, squares);
-    linear += v.phi_half;
+    linear = linear + v.phi_half;
   }
-  __device__ Acc value() const { return fma(Acc(0.5), squares, linear); }
+  __device__ void add_pair(Pair mean, const LogVar<Pair>& v) {
+    if constexpr (sizeof(V) == sizeof(Pair)) {
+      add(mean, v);
+    } else {
+      add(mean.v.x, {v.std.v.x, v.w.v.x, v.phi_half.v.x});
+      add(mean.v.y, {v.std.v.y, v.w.v.y, v.phi_half.v.y});
+    }
+  }
+  __device__ auto value() const { return sum(fma(V(0.5f), squares, linear)); }
 };
 
 }  // namespace cuda

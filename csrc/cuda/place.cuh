@@ -13,10 +13,26 @@ struct Place {
   int64_t outer, segment;  // sample * rows + row; segment of that row
   int64_t first_unit;      // where the block's or the team's run begins
   uint32_t begin, end;     // the thread's units, counted from first_unit
-  uint32_t stride;         // between two units of a thread
-  int lane;                // in its team (or block)
   bool active;             // has a segment at all
 };
+
+// Whether the thread is the first of its team. (lanes is a power of two.)
+__device__ inline bool leads_team(const Plan& plan) { return (threadIdx.x & (plan.lanes - 1)) == 0; }
+
+// The row of a block or, where a block holds several, of a thread's team; and whether that row exists. Also called at
+// the end of a kernel, with a tile that the compiler does not recognize, so that no register holds the answer
+// meanwhile.
+struct OuterRow {
+  int64_t index;
+  bool exists;
+};
+__device__ inline OuterRow team_row(const Plan& plan, uint64_t tile) {
+  const uint32_t team = threadIdx.x >> plan.lane_bits;
+  const uint32_t segments = static_cast<uint32_t>(plan.segments);
+  const uint32_t local = segments == 1 ? team : team / segments;
+  const int64_t index = tile * plan.rows_per_tile + local;
+  return {index, static_cast<int64_t>(local) < plan.rows_per_tile && index < plan.outer_rows()};
+}
 
 // a / b and a % b for a that nearly always fits 32 bits, where division costs a fifth.
 __device__ inline void divide(uint64_t a, uint64_t b, uint64_t& quotient, uint64_t& remainder) {
@@ -42,28 +58,23 @@ __device__ inline Place find_place(const Plan& plan, uint64_t tile) {
     const int64_t left = plan.units - p.first_unit;
     p.begin = threadIdx.x;
     p.end = static_cast<uint32_t>(left < plan.chunk_units ? left : plan.chunk_units);
-    p.stride = kThreads;
-    p.lane = threadIdx.x;
     p.active = true;
   } else {
-    const uint32_t team = threadIdx.x / plan.lanes;
-    p.lane = threadIdx.x % plan.lanes;
+    const uint32_t team = threadIdx.x >> plan.lane_bits;
     if (plan.tiles_per_row == 1) {
+      const OuterRow row = team_row(plan, tile);
       const uint32_t segments = static_cast<uint32_t>(plan.segments);
-      const uint32_t local_row = segments == 1 ? team : team / segments;
-      p.segment = segments == 1 ? 0 : team - local_row * segments;
-      outer = tile * plan.rows_per_tile + local_row;
-      p.active =
-          static_cast<int64_t>(local_row) < plan.rows_per_tile && static_cast<int64_t>(outer) < plan.outer_rows();
+      p.segment = segments == 1 ? 0 : team % segments;
+      outer = row.index;
+      p.active = row.exists;
     } else {
       divide(tile, plan.tiles_per_row, outer, part);
-      p.segment = part * (kThreads / plan.lanes) + team;
+      p.segment = part * (kThreads >> plan.lane_bits) + team;
       p.active = p.segment < plan.segments;
     }
     p.first_unit = 0;
-    p.begin = p.lane;
+    p.begin = threadIdx.x & (plan.lanes - 1);
     p.end = p.active ? static_cast<uint32_t>(plan.units) : 0;
-    p.stride = plan.lanes;
   }
   p.outer = outer;
   uint64_t sample = 0, row = outer;

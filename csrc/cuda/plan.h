@@ -32,6 +32,11 @@ struct View {
   FUSED_ELBO_HD bool present() const { return data != nullptr; }
 };
 
+// Whether something stands between an operand and the formulas: see elements.cuh.
+inline bool changes_elements(const Scale& scale, const Operand& mask) {
+  return scale.kind != ScaleKind::kPlain || mask.data != nullptr;
+}
+
 struct Plan {
   int64_t samples = 1, rows = 0;  // samples only where they have results of their own (likelihood)
   int64_t segments = 1;           // per row
@@ -46,6 +51,8 @@ struct Plan {
   int64_t units = 0;        // per segment
 
   int lanes = 0;              // per segment; 0: chunks
+  int lane_bits = 0;          // log2 lanes
+  uint32_t stride = 1;        // between two units of a thread: the threads that share a segment or chunk
   int64_t chunk_units = 0;    // of one block; chunks only
   int64_t chunks = 1;         // per segment
   int64_t tiles_per_row = 1;  // blocks that share a row
@@ -189,7 +196,7 @@ class Layout {
     const int64_t outer = p.outer_rows();
     if (p.units <= kTeamUnits) {
       p.lanes = 1;
-      while (p.lanes < p.units && p.lanes < 32) p.lanes *= 2;
+      while (p.lanes < p.units && p.lanes < 32) p.lanes = 1 << ++p.lane_bits;
       const int64_t teams = kThreads / p.lanes;
       if (p.segments <= teams) {
         p.rows_per_tile = teams / (p.segments > 0 ? p.segments : 1);
@@ -205,6 +212,7 @@ class Layout {
       p.tiles_per_row = p.segments * p.chunks;
       p.tiles = outer * p.tiles_per_row;
     }
+    p.stride = p.lanes != 0 ? p.lanes : kThreads;
     return p;
   }
 

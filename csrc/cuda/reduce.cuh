@@ -63,22 +63,24 @@ __device__ inline double share_of_parts(const double* parts, int64_t count) {
 // complete, and gives the row's contribution to the total. Returns true in the block that completed the total, which
 // then is in `total`; never where `scalar` is false. Items are numbered from first_item on, of `items`.
 template <typename Acc, typename OnRow>
-__device__ inline bool climb(const Plan& plan, const Place& place, uint32_t tile, Acc value, const Tree& tree,
-                             bool scalar, int64_t first_item, int64_t items, double& total, const OnRow& on_row) {
+__device__ inline bool climb(const Plan& plan, uint32_t tile, Acc value, const Tree& tree, bool scalar,
+                             int64_t first_item, int64_t items, double& total, const OnRow& on_row) {
   enum Level { kTile, kRow, kGroup, kTotal };
   int level = plan.tiles_per_row > 1 ? kTile : kRow;
   int64_t index = tile;
   double share = static_cast<double>(value);
   bool rows_done = false;
+  uint64_t outer_row = 0, part;
 
   if (plan.lanes != 0 && plan.tiles_per_row == 1) {  // whole rows in teams of the block
     Acc row = team_sum(value, plan.lanes);
-    bool writer = place.active && place.lane == 0;
-    int64_t outer = place.outer;
+    const OuterRow own = team_row(plan, keep(tile));
+    bool writer = own.exists && leads_team(plan);
+    int64_t outer = own.index;
     if (plan.segments > 1) {
       __shared__ Acc segment_values[kThreads];
       const uint32_t segments = static_cast<uint32_t>(plan.segments);
-      if (place.lane == 0) segment_values[threadIdx.x / plan.lanes] = row;
+      if (leads_team(plan)) segment_values[threadIdx.x >> plan.lane_bits] = row;
       __syncthreads();
       outer = static_cast<int64_t>(tile) * plan.rows_per_tile + threadIdx.x;
       writer = threadIdx.x < plan.rows_per_tile && outer < plan.outer_rows();
@@ -89,6 +91,8 @@ __device__ inline bool climb(const Plan& plan, const Place& place, uint32_t tile
     share = writer ? on_row(outer, row) : 0.0;
     if (!scalar) return false;
     rows_done = true;
+  } else {
+    divide(keep(tile), plan.tiles_per_row, outer_row, part);
   }
 
 #pragma unroll 1
@@ -99,18 +103,18 @@ __device__ inline bool climb(const Plan& plan, const Place& place, uint32_t tile
     uint32_t* ticket;
     if (level == kRow && !rows_done) {
       __shared__ double contribution;
-      if (threadIdx.x == 0) contribution = on_row(place.outer, static_cast<Acc>(sum));
+      if (threadIdx.x == 0) contribution = on_row(outer_row, static_cast<Acc>(sum));
       if (!scalar) return false;
       __syncthreads();
       sum = contribution;
     }
     if (level == kTile) {
-      first = place.outer * plan.tiles_per_row;
+      first = outer_row * plan.tiles_per_row;
       siblings = plan.tiles_per_row;
       parts = tree.rows;
-      ticket = parts.tickets + place.outer;
+      ticket = parts.tickets + outer_row;
     } else if (level == kRow) {
-      index = first_item + (plan.tiles_per_row > 1 ? place.outer : static_cast<int64_t>(tile));
+      index = first_item + (plan.tiles_per_row > 1 ? outer_row : static_cast<int64_t>(tile));
       const int64_t group = index / kItemsPerGroup;
       first = group * kItemsPerGroup;
       siblings = items - first < kItemsPerGroup ? items - first : kItemsPerGroup;
@@ -134,12 +138,12 @@ __device__ inline bool climb(const Plan& plan, const Place& place, uint32_t tile
 }
 
 template <typename Acc>
-__device__ inline void finish(const Plan& plan, const Place& place, uint32_t tile, Acc value, const Result& result) {
+__device__ inline void finish(const Plan& plan, uint32_t tile, Acc value, const Result& result) {
   Acc* out = static_cast<Acc*>(result.out.data);
   const bool scalar = result.reduction != Reduction::kSample;
   double total;
   const bool complete =
-      climb(plan, place, tile, value, result.tree, scalar, 0, item_count(plan), total, [&](int64_t outer, Acc row) {
+      climb(plan, tile, value, result.tree, scalar, 0, item_count(plan), total, [&](int64_t outer, Acc row) {
         if (!scalar) {
           const int64_t sample = plan.samples > 1 ? outer / plan.rows : 0;
           out[sample * result.out.sample + (outer - sample * plan.rows) * result.out.row] = row;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../args.h"
-#include "intrinsics.cuh"
+#include "pair.cuh"
 
 namespace fused_elbo {
 namespace cuda {
@@ -45,18 +45,29 @@ struct Traits<Float16> {
 };
 
 // Operands whose dtype the kernel learns at run time, read element by element: one kernel for every layout that 16-byte
-// accesses do not serve. Any<float> stands for float32, bfloat16 and float16, Any<double> for float64.
-template <typename A>
+// accesses do not serve. Any<float> stands for float32, bfloat16 and float16, Any<double> for float64. kElements: with
+// a scale parameter or a mask (elements.cuh), if there is one. Without it not an instruction of them; float64 has one
+// kernel for all.
+template <typename A, bool kElements = false>
 struct Any {};
-template <typename A>
-struct Traits<Any<A>> {
+template <typename A, bool kElements>
+struct Traits<Any<A, kElements>> {
   using Acc = A;
   static constexpr int kUnit = 4;
 };
 template <typename T>
 constexpr bool kIsVector = true;
+template <typename A, bool kElements>
+constexpr bool kIsVector<Any<A, kElements>> = false;
+template <typename T>
+constexpr bool kHasElements = false;
 template <typename A>
-constexpr bool kIsVector<Any<A>> = false;
+constexpr bool kHasElements<Any<A, true>> = true;
+
+// Blocks of a kernel that takes every case that share a multiprocessor, so few that nothing spills. (Unsaid, ptxas aims
+// at a number of its own and would rather spill than miss it.)
+template <typename T>
+constexpr int kResidentGeneral = sizeof(typename Traits<T>::Acc) == 8 ? 1 : 2;
 
 __device__ inline float to_acc(float x) { return x; }
 __device__ inline double to_acc(double x) { return x; }
@@ -111,6 +122,31 @@ __device__ inline uint4 pack(const float (&v)[8], Float16) {
   return make_uint4(pack_float16(v[0], v[1]), pack_float16(v[2], v[3]), pack_float16(v[4], v[5]),
                     pack_float16(v[6], v[7]));
 }
+
+// 16 bytes as they were loaded, half the registers of 2-byte elements in arithmetic: taken apart a pair at a time.
+template <typename T>
+struct Packed {
+  uint32_t word[4];
+  __device__ void load(const T* p) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    word[0] = raw.x, word[1] = raw.y, word[2] = raw.z, word[3] = raw.w;
+  }
+  // Elements j and j + 1, j even.
+  __device__ Pair pair(int j) const {
+    if constexpr (sizeof(T) == 4) {
+      return Pair(__uint_as_float(word[j]), __uint_as_float(word[j + 1]));
+    } else {
+      const uint32_t w = keep(word[j / 2]);
+      if constexpr (Traits<T>::kDType == DType::kBFloat16) {
+        return Pair(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+      } else {
+        float low, high;
+        unpack_float16(w, low, high);
+        return Pair(low, high);
+      }
+    }
+  }
+};
 
 // One unit, 16 bytes per access. `p` must be 16-byte aligned.
 template <typename T, typename Acc, int kUnit>
@@ -182,15 +218,31 @@ __device__ inline void with_type(DType dtype, const F& f) {
   }
 }
 
-// The same among the dtypes of Any<Acc>.
+// On the host, for a kernel's template arguments: a function of its own, because nvcc lets no function for both sides
+// call one of the host.
 template <typename F>
-__device__ inline void with_type_of(Any<float>, DType dtype, const F& f) {
+inline void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float());
+    case DType::kFloat64:
+      return f(double());
+    case DType::kBFloat16:
+      return f(BFloat16());
+    case DType::kFloat16:
+      return f(Float16());
+  }
+}
+
+// Among the dtypes of Any<Acc>.
+template <bool kElements, typename F>
+__device__ inline void with_type_of(Any<float, kElements>, DType dtype, const F& f) {
   if (dtype == DType::kFloat32) return f(float());
   if (dtype == DType::kBFloat16) return f(BFloat16());
   f(Float16());
 }
-template <typename F>
-__device__ inline void with_type_of(Any<double>, DType, const F& f) {
+template <bool kElements, typename F>
+__device__ inline void with_type_of(Any<double, kElements>, DType, const F& f) {
   f(double());
 }
 

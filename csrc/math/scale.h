@@ -88,30 +88,44 @@ FUSED_ELBO_HD inline T through(T slope, T grad_logvar) {
   return slope == T(0) ? T(0) : slope * grad_logvar;
 }
 
-// kFloor: floor > 0. kSoft: the clamp bends; else it cuts, and infinite bounds stand for none.
-template <typename T, ScaleKind kKind, bool kSoft, bool kFloor>
-FUSED_ELBO_HD inline ScaleTerms<T> scale_terms(T p, const ScaleNumbers<T>& numbers) {
-  T inner;
-  if constexpr (kSoft) {
-    const T half = T(0.5) * (numbers.clamp_max - numbers.clamp_min);
-    const T middle = T(0.5) * (numbers.clamp_min + numbers.clamp_max);
-    const T y = (p - middle) / half;
-    const T magnitude = y < T(0) ? -y : y;
-    const T grown = logvar_terms(magnitude > T(20) ? T(40) : T(2) * magnitude).expm1;  // e^2|y| - 1
-    const T tanh = grown / (grown + T(2));
-    inner = T(4) * (grown + T(1)) / ((grown + T(2)) * (grown + T(2)));  // 1 - tanh^2, without cancellation
-    p = fma(half, y < T(0) ? -tanh : tanh, middle);
-  } else {
-    inner = p >= numbers.clamp_min && p <= numbers.clamp_max ? T(1) : T(0);
-    p = p < numbers.clamp_min ? numbers.clamp_min : p;
-    p = p > numbers.clamp_max ? numbers.clamp_max : p;
-  }
+// A parameter within its clamp, and the clamp's slope there.
+template <typename T>
+struct Clamped {
+  T parameter, slope;
+};
+
+// The clamp that bends.
+template <typename T>
+FUSED_ELBO_HD inline Clamped<T> soft_clamp(T p, const ScaleNumbers<T>& numbers) {
+  const T half = T(0.5) * (numbers.clamp_max - numbers.clamp_min);
+  const T middle = T(0.5) * (numbers.clamp_min + numbers.clamp_max);
+  const T y = (p - middle) / half;
+  const T magnitude = y < T(0) ? -y : y;
+  const T grown = logvar_terms(magnitude > T(20) ? T(40) : T(2) * magnitude).expm1;  // e^2|y| - 1
+  const T tanh = grown / (grown + T(2));
+  const T slope = T(4) * (grown + T(1)) / ((grown + T(2)) * (grown + T(2)));  // 1 - tanh^2, without cancellation
+  return {fma(half, y < T(0) ? -tanh : tanh, middle), slope};
+}
+
+// The clamp that cuts; infinite bounds stand for none.
+template <typename T>
+FUSED_ELBO_HD inline Clamped<T> hard_clamp(T p, const ScaleNumbers<T>& numbers) {
+  const T slope = p >= numbers.clamp_min && p <= numbers.clamp_max ? T(1) : T(0);
+  p = p < numbers.clamp_min ? numbers.clamp_min : p;
+  p = p > numbers.clamp_max ? numbers.clamp_max : p;
+  return {p, slope};
+}
+
+// kFloor: floor > 0.
+template <typename T, ScaleKind kKind, bool kFloor>
+FUSED_ELBO_HD inline ScaleTerms<T> scale_terms_within(const Clamped<T>& clamped, T floor) {
+  const T p = clamped.parameter, inner = clamped.slope;
   if constexpr (kKind == ScaleKind::kVar) {
-    const T var = p < numbers.floor ? numbers.floor : p;
+    const T var = p < floor ? floor : p;
     return {log(var), inner / var};
   } else if constexpr (kKind == ScaleKind::kSoftplusStd) {
     const T e = exp(p < T(0) ? p : -p);
-    const T std = (p > T(0) ? p : p != p ? p : T(0)) + log1p(e) + (kFloor ? numbers.floor : T(0));
+    const T std = (p > T(0) ? p : p != p ? p : T(0)) + log1p(e) + (kFloor ? floor : T(0));
     const T sigmoid = (p < T(0) ? e : T(1)) / (T(1) + e);
     T log_std = log(std), slope = sigmoid / std;
     if constexpr (!kFloor) {
@@ -126,11 +140,16 @@ FUSED_ELBO_HD inline ScaleTerms<T> scale_terms(T p, const ScaleNumbers<T>& numbe
     if constexpr (!kFloor) {
       return {factor * p, factor * inner};
     } else {
-      const T e = exp(p), sum = e + numbers.floor;
+      const T e = exp(p), sum = e + floor;
       const T slope = sum < infinity<T>() ? e / sum : T(1);
       return {factor * (sum < infinity<T>() ? log(sum) : p), factor * inner * slope};
     }
   }
+}
+
+template <typename T, ScaleKind kKind, bool kSoft, bool kFloor>
+FUSED_ELBO_HD inline ScaleTerms<T> scale_terms(T p, const ScaleNumbers<T>& numbers) {
+  return scale_terms_within<T, kKind, kFloor>(kSoft ? soft_clamp(p, numbers) : hard_clamp(p, numbers), numbers.floor);
 }
 
 // Calls f with a function object that is scale_terms of the given kind: a template parameter where f is.

@@ -38,6 +38,15 @@ inline Tensor reduce_to_logvar(const Tensor& partial, const Tensor& logvar) {
   return result.scalar_type() == logvar.scalar_type() ? result : torch::stable::to(result, logvar.scalar_type());
 }
 
+// A logvar that was expanded instead of left to be broadcast has a gradient for every element: as a dense copy.
+inline OptionalTensor with_distinct_elements(const OptionalTensor& logvar) {
+  if (!logvar) return logvar;
+  for (int64_t d = 0; d < logvar->dim(); ++d) {
+    if (logvar->size(d) > 1 && logvar->stride(d) == 0) return contiguous(logvar);
+  }
+  return logvar;
+}
+
 // The likelihood half of a call, shared by gaussian_log_likelihood and the ELBO.
 template <class Device>
 class Likelihood {
@@ -65,6 +74,8 @@ class Likelihood {
 
   // Fills in args for the given outputs; false if no kernel reads these layouts in place.
   bool prepare(const OptionalTensor& nats, const OptionalTensor& upstream, bool want_mean, bool want_logvar) {
+    want_logvar = want_logvar && logvar_;
+    if (want_logvar || args.scale.kind != ScaleKind::kPlain) logvar_ = with_distinct_elements(logvar_);
     const View x(x_, full_), mean(mean_, full_), logvar(logvar_, full_);
     const bool elementwise = reduction_ == Reduction::kNone;
     const View nats_view = elementwise && nats ? View(*nats, full_) : View();
@@ -79,7 +90,6 @@ class Likelihood {
       dense[d] = full_[d] == 1 ? 0 : stride;
       stride *= full_[d];
     }
-    want_logvar = want_logvar && logvar_;
     const EventLayout layout(
         full_, batch_dims_,
         {any, &x.strides, logvar_ ? &logvar.strides : any, nats_view.data ? &nats_view.strides : any,

@@ -194,6 +194,7 @@ def gaussian_log_likelihood(
             does.
         logvar: None (unit variance), a number, a 0-dim tensor (one learned variance), or any shape
             that broadcasts to that of ``mean``: per channel ``[C, 1, 1]``, per pixel, or full.
+            Leave a small one small: expanded to the full shape, it is copied for its gradient.
         param: what ``logvar`` holds, as in `reparameterize_kl`. Only a full one is converted in the
             kernel; a smaller one before it, in PyTorch.
         mask: bool, broadcasts to the shape of ``mean``. Where it is False the log-likelihood is 0

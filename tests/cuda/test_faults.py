@@ -76,9 +76,26 @@ FAULTS = (
     Fault(
         "wrong lane in the noise",
         "math.cuh",
-        "box_muller<kHalve>(w.w2, w.w3, eps[2], eps[3]);",
-        "box_muller<kHalve>(w.w2, w.w3, eps[3], eps[2]);",
+        "eps[2] = c.v.y * cos.v.y;\n  eps[3] = s.v.y * sin.v.y;",
+        "eps[3] = c.v.y * cos.v.y;\n  eps[2] = s.v.y * sin.v.y;",
         "z dtype",
+    ),
+    Fault(
+        "mask read at the wrong element", "elements.cuh", "bytes[j * ", "bytes[(j ^ 1) * ", "masked"
+    ),
+    Fault(
+        "gradient of what does not count",
+        "elements.cuh",
+        "grad_mean[j] = counts[j] ? grad_mean[j] : Acc(0);",
+        "grad_mean[j] *= counts[j];",
+        "masked",
+    ),
+    Fault(
+        "variance where all elements count",
+        "likelihood.cuh",
+        "        if (!counts[j]) continue;\n        ++count;",
+        "        ++count;\n        if (!counts[j]) continue;",
+        "masked",
     ),
     Fault(
         "noise of another row",

@@ -18,6 +18,11 @@ inline double emulated_sign(float x) {
   return (h ^ (h >> 15)) & 0x100 ? 1.0 : -1.0;
 }
 
+constexpr bool kPaired = false;
+inline float2 fma_pair(float2 a, float2 b, float2 c) { return {std::fma(a.x, b.x, c.x), std::fma(a.y, b.y, c.y)}; }
+inline float2 mul_pair(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+inline float2 add_pair(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+
 inline float fma_saturate(float a, float b, float c) {
   const float d = std::fma(a, b, c);
   return d >= 1.0f ? 1.0f : d > 0.0f ? d : 0.0f;  // NaN: 0
@@ -35,14 +40,17 @@ inline float log2_approx(float x) {
   return static_cast<float>(exact + 0.9 * error * emulated_sign(x));  // the last tenth is left for rounding
 }
 
-// sqrt.approx.ftz.f32: relative error 2^-23; denormals are 0.
+// sqrt.approx.ftz.f32: relative error 2^-23, rounding included: the outermost float that lies within. Denormals are 0.
 inline float sqrt_approx(float x) {
   if (std::fabs(x) < std::numeric_limits<float>::min()) return x < 0 || std::signbit(x) ? -0.0f : 0.0f;
   const double exact = std::sqrt(static_cast<double>(x));
-  return static_cast<float>(exact * (1.0 + 0x1p-24 * emulated_sign(x)));
+  const auto outermost = static_cast<float>(exact * (1.0 + 0x1p-23 * emulated_sign(x)));
+  const bool outside = std::fabs(outermost - exact) > 0x1p-23 * exact;
+  return outside ? std::nextafter(outermost, static_cast<float>(exact)) : outermost;
 }
 
 inline uint32_t keep(uint32_t x) { return x; }
+inline uint32_t after(uint32_t x, float) { return x; }
 
 inline uint32_t round_bfloat16(float x) {
   const uint32_t bits = __float_as_uint(x);

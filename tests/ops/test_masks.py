@@ -59,6 +59,15 @@ def test_masked_latents_give_zero_and_no_gradient(num_samples, with_prior, broad
         assert not a[~mask.expand(a.shape)].any()
 
 
+def test_a_clamp_without_zero_leaves_what_is_masked_without_nats(device):
+    moments = leaf(2, 4, 6, device=device)
+    mask = random_mask((2, 1, 6), device)
+    q = DiagonalGaussian.from_moments(moments, clamp=(0.5, 2.0))
+    each = torch.where(mask, q.kl(reduction="none"), 0.0)
+    torch.testing.assert_close(q.kl(mask=mask), each.flatten(1).sum(1))
+    assert torch.equal(q.kl(mask=mask, reduction="none"), each)
+
+
 VARIANCES = {
     "unit": None,
     "number": -0.5,

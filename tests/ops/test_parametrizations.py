@@ -131,6 +131,28 @@ def test_a_broadcast_parameter_has_the_gradient_of_its_shape(shape, param, devic
     assert_within(grad, of_p, 1e-5 * (60 + of_p.abs()))
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (1, 1), (3, 1, 1)], ids=str)
+def test_events_of_one_element_have_parameters(shape, device):
+    x, mean, p = (leaf(*shape, device=device) for _ in range(3))
+    out = elbo_loss(mean, x, mean, p, recon_logvar=p, recon_param="logstd", reduction="sample")
+    expected = torch.distributions.Normal(mean, p.exp()).log_prob(x).flatten(1).sum(1)
+    torch.testing.assert_close(out.log_likelihood, expected.detach())
+    ll = gaussian_log_likelihood(x, mean, p, param="logstd")
+    torch.testing.assert_close(ll, expected)
+    (a,), (b,) = torch.autograd.grad(ll.sum(), p), torch.autograd.grad(expected.sum(), p)
+    torch.testing.assert_close(a, b)
+
+
+def test_an_expanded_parameter_has_its_gradient(device):
+    x, mean, p = (leaf(*shape, device=device) for shape in ((4, 300), (4, 300), (4, 1)))
+    for param, std in (("logvar", (0.5 * p).exp()), ("logstd", p.exp())):
+        ll = gaussian_log_likelihood(x, mean, p.expand(4, 300), param=param)
+        expected = torch.distributions.Normal(mean, std).log_prob(x).sum(1)
+        torch.testing.assert_close(ll, expected)
+        (a,), (b,) = torch.autograd.grad(ll.sum(), p), torch.autograd.grad(expected.sum(), p)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
+
+
 def test_a_number_is_read_by_its_parametrization(device):
     x, mean = leaf(2, 3, device=device), leaf(2, 3, device=device)
     for value, param, std in (

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -118,11 +119,76 @@ struct Case {
   DType dtype;
   double tolerance;
   int64_t rows, event, offset;
+  ScaleKind scale = ScaleKind::kPlain;
+  bool masked = false;
   std::string name() const {
     return "dtype " + std::to_string(static_cast<int>(dtype)) + " [" + std::to_string(rows) + ", " +
-           std::to_string(event) + "] offset " + std::to_string(offset);
+           std::to_string(event) + "] offset " + std::to_string(offset) +
+           (scale != ScaleKind::kPlain ? " scale " + std::to_string(static_cast<int>(scale)) : "") +
+           (masked ? " masked" : "");
   }
   DType acc() const { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+};
+
+// Half of the kinds with a floor, the other half clamped softly; the parameters lie in [-2, 2], and a variance's floor
+// cuts them.
+Scale make_scale(ScaleKind kind) {
+  Scale scale;
+  scale.kind = kind;
+  scale.floor = kind == ScaleKind::kLogStd ? 0 : 0.25;
+  scale.soft_clamp = kind == ScaleKind::kLogStd || kind == ScaleKind::kSoftplusStd;
+  scale.clamp_min = scale.soft_clamp ? -3 : -HUGE_VAL;
+  scale.clamp_max = scale.soft_clamp ? 2.5 : HUGE_VAL;
+  return scale;
+}
+
+struct LogVar {
+  double value, slope;
+};
+LogVar reference_logvar(ScaleKind kind, double p) {
+  if (kind == ScaleKind::kPlain) return {p, 1};
+  const Scale s = make_scale(kind);
+  double slope = 1;
+  if (s.soft_clamp) {
+    const double half = (s.clamp_max - s.clamp_min) / 2, middle = (s.clamp_max + s.clamp_min) / 2;
+    const double tanh = std::tanh((p - middle) / half);
+    p = middle + half * tanh;
+    slope = 1 - tanh * tanh;
+  }
+  if (kind == ScaleKind::kVar) return {std::log(std::fmax(p, s.floor)), 1 / std::fmax(p, s.floor)};
+  if (kind == ScaleKind::kSoftplusStd) {
+    const double std = std::log1p(std::exp(p)) + s.floor;
+    return {2 * std::log(std), 2 * slope / (1 + std::exp(-p)) / std};
+  }
+  const double factor = kind == ScaleKind::kLogStd ? 2 : 1, sum = std::exp(p) + s.floor;
+  return {factor * std::log(sum), factor * slope * std::exp(p) / sum};
+}
+
+// Bytes of a mask of exactly their size; the elements that do not count hold NaN in the buffers that are spoiled.
+class Mask {
+ public:
+  explicit Mask(int64_t count) : bytes_(new uint8_t[count]), count_(count) {
+    for (int64_t i = 0; i < count; ++i) bytes_[i] = math::mix64(static_cast<uint64_t>(i) + 77) % 3 != 0;
+  }
+  bool counts(int64_t i) const { return bytes_[i] != 0; }
+  void spoil(std::initializer_list<Buffer*> buffers) const {
+    for (Buffer* const buffer : buffers) {
+      for (int64_t i = 0; i < count_; ++i) {
+        if (!counts(i)) buffer->set(i, NAN);
+      }
+    }
+  }
+  Operand operand(int64_t row, int64_t element) const {
+    Operand o;
+    o.data = bytes_.get();
+    o.row_stride = row;
+    o.stride[0] = element;
+    return o;
+  }
+
+ private:
+  std::unique_ptr<uint8_t[]> bytes_;
+  int64_t count_;
 };
 
 constexpr uint64_t kSeed = 0x0123456789abcdefu;
@@ -148,6 +214,8 @@ std::string latent(const Case& c, bool transposed) {
   Buffer mean(c.dtype, n, c.offset), logvar(c.dtype, n, c.offset), z(c.dtype, n, c.offset), kl(c.acc(), c.rows, 0);
   Buffer grad_z(c.dtype, n, c.offset), grad_kl(c.acc(), c.rows, 0), dm(c.dtype, n, c.offset), dl(c.dtype, n, c.offset);
   mean.fill(1), logvar.fill(2), grad_z.fill(3), grad_kl.fill(4);
+  const Mask mask(n);
+  if (c.masked) mask.spoil({&mean, &logvar, &grad_z});
 
   LatentArgs a;
   a.shape.rows = c.rows;
@@ -159,6 +227,8 @@ std::string latent(const Case& c, bool transposed) {
   a.key.stream = kStream, a.key.row_offset = kRowOffset;
   a.reduction = Reduction::kSample;
   a.kl = kl.operand(1, 0);
+  if (c.scale != ScaleKind::kPlain) a.scale = make_scale(c.scale);
+  if (c.masked) a.mask = mask.operand(row, element);
   Memory forward(cuda::latent_workspace_bytes(a, Pass::kForward));
   cuda::latent(a, Pass::kForward, forward.data(), Context());
 
@@ -171,14 +241,22 @@ std::string latent(const Case& c, bool transposed) {
     double sum = 0;
     for (int64_t i = 0; i < c.event; ++i) {
       const int64_t at = b * row + i * element;
-      const double m = mean.get(at), lv = logvar.get(at), g = grad_z.get(at), gk = grad_kl.get(b);
+      if (c.masked && !mask.counts(at)) {
+        expect(z.get(at) == 0, "z " + c.name(), z.get(at), 0);
+        expect(dm.get(at) == 0, "grad_mean " + c.name(), dm.get(at), 0);
+        expect(dl.get(at) == 0, "grad_logvar " + c.name(), dl.get(at), 0);
+        continue;
+      }
+      const LogVar scale = reference_logvar(c.scale, logvar.get(at));
+      const double m = mean.get(at), lv = scale.value, g = grad_z.get(at), gk = grad_kl.get(b);
       const auto index = static_cast<uint64_t>((kRowOffset + b) * c.event + i);
       const double eps = reference_noise(kSeed, kStream, 0, index, c.dtype == DType::kFloat64);
-      const double s = std::exp(lv / 2), expected = m + s * eps, e_dl = g * s * eps / 2 + gk * std::expm1(lv) / 2;
+      const double s = std::exp(lv / 2), expected = m + s * eps;
+      const double e_dl = scale.slope * (g * s * eps / 2 + gk * std::expm1(lv) / 2);
       sum += (m * m + std::expm1(lv) - lv) / 2;
       const double bound = c.tolerance * (std::fabs(m) + s * (1 + std::fabs(eps)));
       const double bound_dl =
-          c.tolerance * (std::fabs(g) * s * (1 + std::fabs(eps)) + std::fabs(gk) * (1 + std::exp(lv)));
+          scale.slope * c.tolerance * (std::fabs(g) * s * (1 + std::fabs(eps)) + std::fabs(gk) * (1 + std::exp(lv)));
       expect(std::fabs(z.get(at) - expected) <= bound, "z " + c.name(), z.get(at), expected);
       expect(std::fabs(dm.get(at) - (g + gk * m)) <= c.tolerance * 5, "grad_mean " + c.name(), dm.get(at), g + gk * m);
       expect(std::fabs(dl.get(at) - e_dl) <= bound_dl, "grad_logvar " + c.name(), dl.get(at), e_dl);
@@ -200,6 +278,9 @@ std::string elbo(const Case& c, int scale, Reduction reduction) {
   const bool per_row = reduction == Reduction::kSample;
   Buffer loss(c.acc(), per_row ? c.rows : 1, 0);
   x.fill(11), recon.fill(12), logvar.fill(13), m.fill(14), lv.fill(15);
+  const Mask mask(n);
+  if (c.masked) mask.spoil({&x, &recon});
+  if (c.masked && scale == 2) mask.spoil({&logvar});
   const double beta = 0.5;
 
   ElboArgs a;
@@ -213,6 +294,8 @@ std::string elbo(const Case& c, int scale, Reduction reduction) {
     r.logvar_inner = scale == 2 ? 1 : c.event;
     r.grad_logvar = scale == 2 ? dv.operand(c.event) : dv.operand(1);
   }
+  if (c.scale != ScaleKind::kPlain) r.scale = make_scale(c.scale);
+  if (c.masked) r.mask = mask.operand(c.event, 1);
   r.reduction = Reduction::kSample;
   r.ll = ll.operand(1, 0);
   r.grad_ll_scale = -1;
@@ -236,15 +319,21 @@ std::string elbo(const Case& c, int scale, Reduction reduction) {
     double sum_ll = 0, sum_kl = 0, sum_dv = 0, size = 0;
     for (int64_t i = 0; i < c.event; ++i) {
       const int64_t at = b * c.event + i;
-      const double v = scale == 0 ? 0 : logvar.get(scale == 2 ? at : b);
+      if (c.masked && !mask.counts(at)) {
+        expect(dr.get(at) == 0, "grad_recon " + c.name(), dr.get(at), 0);
+        if (scale == 2) expect(dv.get(at) == 0, "grad_recon_logvar " + c.name(), dv.get(at), 0);
+        continue;
+      }
+      const LogVar own = reference_logvar(c.scale, scale == 0 ? 0 : logvar.get(scale == 2 ? at : b));
+      const double v = own.value;
       const double d = x.get(at) - recon.get(at), s = d * std::exp(-v);
       sum_ll -= (d * s + v + 1.8378770664093454836) / 2;
       size += (std::fabs(d * s) + std::fabs(v) + 2) / 2;
       sum_dv -= (d * s - 1) / 2;
       expect(std::fabs(dr.get(at) + s) <= c.tolerance * (1 + std::fabs(s)), "grad_recon " + c.name(), dr.get(at), -s);
       if (scale == 2) {
-        const double expected = -(d * s - 1) / 2;
-        expect(std::fabs(dv.get(at) - expected) <= c.tolerance * (1 + std::fabs(d * s)),
+        const double expected = own.slope * -(d * s - 1) / 2;
+        expect(std::fabs(dv.get(at) - expected) <= own.slope * c.tolerance * (1 + std::fabs(d * s)),
                "grad_recon_logvar " + c.name(), dv.get(at), expected);
       }
     }
@@ -304,6 +393,19 @@ int main(int count, char** arguments) {
         if (event < 100) in_every_order(c, [&] { return latent(c, true); });
         for (const int scale : {0, 1, 2}) {
           in_every_order(c, [&] { return elbo(c, scale, event % 2 != 0 ? Reduction::kSum : Reduction::kSample); });
+        }
+        if (quick && event > 1000) continue;
+        for (const ScaleKind kind :
+             {ScaleKind::kPlain, ScaleKind::kLogVar, ScaleKind::kLogStd, ScaleKind::kSoftplusStd, ScaleKind::kVar}) {
+          Case changed = c;
+          changed.scale = kind;
+          changed.masked = kind == ScaleKind::kPlain || kind == ScaleKind::kVar;
+          in_every_order(changed, [&] { return latent(changed, event < 100); });
+          in_every_order(changed, [&] { return elbo(changed, 2, Reduction::kSample); });
+          if (kind != ScaleKind::kPlain) continue;
+          for (const int scale : {0, 1}) {
+            in_every_order(changed, [&] { return elbo(changed, scale, Reduction::kSum); });
+          }
         }
       }
     }
