@@ -17,7 +17,7 @@ import triton.language as tl
 from .formulas import expm1_of_double, exponentials, from_bits
 from .likelihood import likelihood_tiles
 from .reduction import add_up
-from .tiles import SAMPLE, add_columns, first_row, kernel, load, store
+from .tiles import SAMPLE, add_columns, first_row, kernel, load, store, tile_at
 
 
 @triton.jit
@@ -51,14 +51,10 @@ def standard_normal_tiles(
     split = program % splits
     begin = tl.zeros_like(row) + split * iterations * WIDTH
     length = (iterations * WIDTH).to(tl.int64)
-    end = tl.where(valid, tl.minimum(event - begin, length), 0).to(tl.int32)
-    if LANE_ALIGNED:
-        end = (end // LANES) * LANES  # tells the compiler that groups are whole
+    count = tl.where(valid, tl.minimum(event - begin, length), 0).to(tl.int32)
     total = tl.zeros([ROWS, WIDTH], DTYPE)
     for i in range(iterations):
-        m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
-        mask = m < end
-        here = (begin, m, mask, inner)
+        here = tile_at(begin, i, None, count, inner, WIDTH, LANES, LANE_ALIGNED)
         mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
         logvar_tile = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
         _, less_one, phi = exponentials(0.5 * logvar_tile, False)

@@ -7,7 +7,6 @@ code for NVIDIA, AMD and the interpreter. The dtype of the argument picks the co
 
 # Triton's dialect: no types, and `if` on constants decides what is compiled.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-# ruff: noqa: SIM108
 
 import math
 
@@ -57,14 +56,12 @@ def polynomial(x, coefficients: tl.constexpr):
 
 
 @triton.jit
-def exponentials(h, BOUNDED: tl.constexpr):
-    """e**h, e**h - 1 and phi(2 h) = e**(2 h) - 1 - 2 h, the latter without cancellation and never
-    negative.
+def reduced(h, BOUNDED: tl.constexpr):
+    """(n, 2**n, r, q): h = n ln 2 + r, and q is r, or a finite stand-in where 2**n is 0.
 
-    BOUNDED promises |h| <= BOUNDED_HALF_LOGVAR. Otherwise e**h runs to 0 and infinity, phi to -1 -
-    2 h and infinity. The order of operations keeps phi within 4 ulp in float32: with P = 2**n, r =
-    h - n ln 2 and p = e**r - 1 - r, phi = (P (r + p) + (P - 1))**2 + 2 (P p + ((P - 1) r + (P - 1 -
-    n ln 2))).
+    BOUNDED promises |h| <= BOUNDED_HALF_LOGVAR. Otherwise n is held to where 2**n runs from 0 to
+    the largest power, and r takes the rest: upwards everything overflows as it should; downwards,
+    what is multiplied by 0 must stay finite.
     """
     if h.dtype == tl.float64:
         biased = tl.fma(
@@ -88,15 +85,32 @@ def exponentials(h, BOUNDED: tl.constexpr):
         power = (biased.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
         r = tl.fma(n, -_LN2_HIGH_32, h)
         r = tl.fma(n, -_LN2_LOW_32, r)
-    # Below the range 2**n is 0 and r goes to minus infinity: what is multiplied by 0 must stay
-    # finite.
     q = r
     if not BOUNDED:
         q = tl.maximum(r, -1.0, propagate_nan=tl.PropagateNan.ALL)
-    if h.dtype == tl.float64:
-        p = (q * q) * polynomial(q, _EXP_64)
+    return n, power, r, q
+
+
+@triton.jit
+def exp_tail(r):
+    """(e**r - 1 - r) / r**2."""
+    if r.dtype == tl.float64:
+        return polynomial(r, _EXP_64)
     else:
-        p = (q * q) * polynomial(q, _EXP_32)
+        return polynomial(r, _EXP_32)
+
+
+@triton.jit
+def exponentials(h, BOUNDED: tl.constexpr):
+    """e**h, e**h - 1 and phi(2 h) = e**(2 h) - 1 - 2 h, the latter without cancellation and never
+    negative.
+
+    BOUNDED as in `reduced`; without it e**h runs to 0 and infinity, phi to -1 - 2 h and infinity.
+    The order of operations keeps phi within 4 ulp in float32: with P = 2**n, r = h - n ln 2 and p =
+    e**r - 1 - r, phi = (P (r + p) + (P - 1))**2 + 2 (P p + ((P - 1) r + (P - 1 - n ln 2))).
+    """
+    n, power, r, q = reduced(h, BOUNDED)
+    p = (q * q) * exp_tail(q)
     less_one = power - 1.0
     q = q + p
     e = tl.fma(power, q, power)
@@ -109,9 +123,10 @@ def exponentials(h, BOUNDED: tl.constexpr):
 
 @triton.jit
 def exponential(h):
-    """e**h."""
-    e, _, _ = exponentials(h, False)
-    return e
+    """e**h, where nothing else of it is wanted."""
+    _, power, _, q = reduced(h, False)
+    less_one = q * tl.fma(q, exp_tail(q), 1.0)
+    return tl.fma(power, less_one, power)
 
 
 @triton.jit

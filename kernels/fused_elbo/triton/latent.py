@@ -23,7 +23,19 @@ import triton.language as tl
 
 from .formulas import clamp, expm1_of_double, exponential, exponentials, from_bits
 from .noise import load_key, normals
-from .tiles import CONSTANT, NONE, OFF, SAMPLE, TOTAL, add_columns, first_row, kernel, load, store
+from .tiles import (
+    CONSTANT,
+    NONE,
+    OFF,
+    SAMPLE,
+    TOTAL,
+    add_columns,
+    first_row,
+    kernel,
+    load,
+    store,
+    tile_at,
+)
 
 
 @triton.jit
@@ -55,18 +67,6 @@ def locate(
     high = tl.where(row < rows, tl.minimum(event - begin, length), 0).to(tl.int32)
     low = tl.maximum(-begin, 0).to(tl.int32)
     return row, begin, group, low, high
-
-
-@triton.jit
-def inside(m, low, high, LANES: tl.constexpr, LANE_ALIGNED: tl.constexpr):
-    """Which elements of a tile exist. Where LANES divides the event, whole groups do or do not: one
-    predicate each.
-    """
-    if LANE_ALIGNED:
-        # Rounding what is a multiple already tells the compiler so.
-        return m < (high // LANES) * LANES
-    else:
-        return (m >= low) & (m < high)
 
 
 @triton.jit
@@ -131,9 +131,7 @@ def latent_forward_kernel(
     total = tl.zeros([ROWS, WIDTH], DTYPE)
 
     for i in range(iterations):
-        m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
-        mask = inside(m, low, high, LANES, LANE_ALIGNED)
-        here = (begin, m, mask, inner)
+        here = tile_at(begin, i, low, high, inner, WIDTH, LANES, LANE_ALIGNED)
         mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
         logvar_tile = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
         if CLAMP:
@@ -156,7 +154,7 @@ def latent_forward_kernel(
             if REDUCTION == NONE:
                 store(kl_ptr, kl, row * kl.row, here, scale * nats, ALIGNED)
             elif CLAMP:
-                total += tl.where(mask, nats, 0.0)
+                total += tl.where(here[4], nats, 0.0)
             else:
                 total += nats  # what is masked out was loaded as 0 and has KL 0
 
@@ -247,9 +245,7 @@ def latent_backward_kernel(
             g *= tl.load(grad_kl_ptr + row * grad_kl.row, mask=row < rows, other=0.0).to(DTYPE)
 
     for i in range(iterations):
-        m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
-        mask = inside(m, low, high, LANES, LANE_ALIGNED)
-        here = (begin, m, mask, inner)
+        here = tile_at(begin, i, low, high, inner, WIDTH, LANES, LANE_ALIGNED)
         raw_logvar = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
         logvar_tile = raw_logvar
         if CLAMP:

@@ -17,7 +17,18 @@ import triton.language as tl
 
 from . import geometry
 from .formulas import LOG_2PI, exponential, from_bits
-from .tiles import CONSTANT, NONE, SAMPLE, TOTAL, add_columns, first_row, kernel, load, store
+from .tiles import (
+    CONSTANT,
+    NONE,
+    SAMPLE,
+    TOTAL,
+    add_columns,
+    first_row,
+    kernel,
+    load,
+    store,
+    tile_at,
+)
 
 # What becomes of the gradient of logvar.
 NOT_WANTED = tl.constexpr(geometry.NOT_WANTED)
@@ -89,9 +100,6 @@ def likelihood_tiles(
     begin = tl.zeros_like(row) + split * iterations * WIDTH
     length = (iterations * WIDTH).to(tl.int64)
     count = tl.where(valid, tl.minimum(event - begin, length), 0).to(tl.int32)
-    end = count
-    if LANE_ALIGNED:
-        end = (count // LANES) * LANES  # tells the compiler that groups are whole
 
     x_row = row_offset(place, x_sample, x)
     mean_row = row_offset(place, mean_sample, mean)
@@ -121,9 +129,7 @@ def likelihood_tiles(
     total = tl.zeros([ROWS, WIDTH], DTYPE)
     total_to_logvar = tl.zeros([ROWS, WIDTH], DTYPE)
     for i in range(iterations):
-        m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
-        mask = m < end
-        here = (begin, m, mask, inner)
+        here = tile_at(begin, i, None, count, inner, WIDTH, LANES, LANE_ALIGNED)
         x_tile = load(x_ptr, x, x_row, here, ALIGNED, DTYPE)
         mean_tile = load(mean_ptr, mean, mean_row, here, ALIGNED, DTYPE)
         residual = x_tile - mean_tile
@@ -155,7 +161,7 @@ def likelihood_tiles(
             if LOGVAR_GRADIENT == PER_ELEMENT:
                 store(grad_logvar_ptr, grad_logvar, grad_logvar_row, here, to_logvar, ALIGNED)
             else:
-                total_to_logvar += tl.where(mask, to_logvar, 0.0)
+                total_to_logvar += tl.where(here[4], to_logvar, 0.0)
 
     if REDUCTION == SAMPLE or REDUCTION == TOTAL:
         # Masked elements were loaded as 0 and added nothing; the constants count those that exist.

@@ -53,16 +53,41 @@ def first_row(program, splits, ROWS: tl.constexpr):
 
 
 @triton.jit
-def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr):
-    """Addresses of a tile, for rows that begin at `row_offset`.
+def tile_at(
+    begin, i, low, high, inner, WIDTH: tl.constexpr, LANES: tl.constexpr, LANE_ALIGNED: tl.constexpr
+):
+    """Where tile i of a program is: (begin, i, high, inner, mask).
 
-    `here` is (begin, m, mask, inner): m [1, WIDTH] counts from event element `begin` [ROWS, 1]; the
-    mask tells which elements exist; `inner` is the size that the PLANE kinds divide by.
+    Its event elements are begin [ROWS, 1] + i * WIDTH + arange(WIDTH); those counted from `low`
+    (None: 0) to below `high` exist, and the mask [ROWS, WIDTH] tells which. `inner` is the size
+    that the PLANE kinds divide by. Where LANES divides the event, whole groups exist or do not: one
+    predicate each.
+    """
+    m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if LANE_ALIGNED:
+        high = (high // LANES) * LANES  # changes nothing, but tells the compiler so
+        mask = m < high
+    elif low is not None:
+        mask = (m >= low) & (m < high)
+    else:
+        mask = m < high
+    return begin, i, high, inner, mask
+
+
+@triton.jit
+def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr, PACK: tl.constexpr):
+    """Addresses of a tile `here` (see `tile_at`), for rows that begin at `row_offset`.
 
     ALIGNED promises groups of 16 bytes at addresses divisible by 16: the only thing that Triton is
-    told about alignment, so that nothing but the launcher's decision makes another variant.
+    told about alignment, so that nothing but the launcher's decision makes another variant. PACK
+    elements are one of what `ptr` points to; of aligned tensors alone.
     """
-    begin, m, _, inner = here
+    begin, i, _, inner, mask = here
+    WIDTH: tl.constexpr = mask.shape[1] // PACK
+    m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if PACK != 1:
+        begin = begin // PACK
+        row_offset = row_offset // PACK
     if layout.kind == UNIT:
         p = ptr + ((row_offset + begin) + m)
     elif layout.kind == CONSTANT:
@@ -72,13 +97,12 @@ def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr):
         n = begin.to(tl.int32) + m
         if ALIGNED and layout.kind == UNIT_PLANE:
             GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-            inner = (
-                inner // GROUP
-            ) * GROUP  # changes nothing, but tells the compiler that no group straddles two runs
+            # Changes nothing, but tells the compiler that no group straddles two runs.
+            inner = (inner // (GROUP * PACK)) * GROUP
         outer = n // inner
         within = n - outer * inner
         if layout.kind == UNIT_PLANE:
-            p = ptr + (row_offset + outer.to(tl.int64) * layout.outer + within)
+            p = ptr + (row_offset + outer.to(tl.int64) * (layout.outer // PACK) + within)
         else:
             p = ptr + (
                 row_offset + outer.to(tl.int64) * layout.outer + within.to(tl.int64) * layout.inner
@@ -91,15 +115,36 @@ def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr):
 @triton.jit
 def load(ptr, layout, row_offset, here, ALIGNED: tl.constexpr, DTYPE: tl.constexpr):
     """A tile in the dtype of arithmetic; 0 outside the mask."""
-    p = pointers(ptr, layout, row_offset, here, ALIGNED)
-    return tl.load(p, mask=here[2], other=0.0).to(DTYPE)
+    WIDE: tl.constexpr = ALIGNED and (layout.kind == UNIT or layout.kind == UNIT_PLANE)
+    if WIDE and ptr.dtype.element_ty == tl.bfloat16:
+        return load_bfloat16(ptr, layout, row_offset, here)
+    else:
+        p = pointers(ptr, layout, row_offset, here, ALIGNED, 1)
+        return tl.load(p, mask=here[4], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def load_bfloat16(ptr, layout, row_offset, here):
+    """An aligned tile of bfloat16 as float32, two to a word: one operation for each element, where
+    taking the upper half out first would make it two for every other.
+    """
+    _, i, high, _, mask = here
+    ROWS: tl.constexpr = mask.shape[0]
+    WIDTH: tl.constexpr = mask.shape[1]
+    words_ptr = ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    p = pointers(words_ptr, layout, row_offset, here, True, 2)
+    exists = i * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :] < high // 2
+    words = tl.load(p, mask=exists, other=0)
+    even = (words << 16).to(tl.float32, bitcast=True)
+    odd = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(even, odd), [ROWS, WIDTH])
 
 
 @triton.jit
 def store(ptr, layout, row_offset, here, value, ALIGNED: tl.constexpr):
     """Rounds to the dtype of the tensor, to nearest even."""
-    p = pointers(ptr, layout, row_offset, here, ALIGNED)
-    tl.store(p, value.to(ptr.dtype.element_ty), mask=here[2])
+    p = pointers(ptr, layout, row_offset, here, ALIGNED, 1)
+    tl.store(p, value.to(ptr.dtype.element_ty), mask=here[4])
 
 
 @triton.jit
