@@ -29,7 +29,7 @@ def _replay(one: object) -> None:
     launch.launch(one.kernel, one.programs, torch.device("meta"), **one.args)
 
 
-@pytest.mark.parametrize("batch", [16, 7])
+@pytest.mark.parametrize("batch", [16, 7, 1, 40000])
 def test_a_training_step_needs_nothing_that_was_not_warmed_up(batch: int) -> None:
     from fused_elbo.schemas import BATCHMEAN, SAMPLE
     from fused_elbo.triton import latent_operations, likelihood_operations

@@ -66,26 +66,25 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """Compiles a recorded launch: the same specialization that running it would ask for."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
+    divisible = {}
     parameters = inspect.signature(launch.kernel.fn).parameters
     for place, (name, parameter) in enumerate(parameters.items()):
         value = launch.args[name]
         if parameter.annotation is tl.constexpr:
             signature[name], constants[(place,)] = "constexpr", value
         elif isinstance(value, geometry.Layout):
-            types = []
-            for i, part in enumerate(value):
-                constant = not isinstance(part, int) or part == 1
-                types.append("constexpr" if constant else _integer(part))
-                if constant:
-                    constants[(place, i)] = part.value if isinstance(part, tl.constexpr) else part
-            signature[name] = geometry.Layout(*types)  # type: ignore[arg-type]
+            kind, *strides = value
+            constants[(place, 0)] = kind.value
+            for i in range(1, len(value)):
+                divisible[(place, i)] = [["tt.divisibility", geometry.STRIDE_SCALE]]
+            signature[name] = geometry.Layout("constexpr", *map(_integer, strides))  # type: ignore[arg-type]
         elif value is None:
             signature[name], constants[(place,)] = "constexpr", None
         elif isinstance(value, Tensor):
             signature[name] = f"*{_POINTEES[value.dtype]}"
         else:
             signature[name] = {tl.int32: "i32", tl.int64: "i64"}[parameter.annotation]
-    source = ASTSource(launch.kernel, signature, constants, {})
+    source = ASTSource(launch.kernel, signature, constants, divisible)
     return triton.compile(source, target=target, options=options(target.warp_size))
 
 
@@ -159,47 +158,59 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    wide = meta(64, 65536)
-    image = meta(16, 3, 256, 256)
+    wide, image = meta(64, 65536), meta(16, 3, 256, 256)
+    moments, clamp = meta(16, 8, 64, 64), (-30.0, 20.0)
     yield from _latent_calls("sample and KL", wide, wide)
+    yield from _latent_calls("sample and KL, prior", wide, wide, prior=True)
+    yield from _latent_calls("samples and KL", wide, wide, samples=8)
+    yield from _latent_calls("moments", moments, None, chunk=1, clamp=clamp)
     yield from _likelihood_calls("likelihood, unit variance", image, None)
     yield from _likelihood_calls("likelihood, variance per element", image, image)
     yield from _elbo_calls("elbo, unit variance", image, None)
+    yield from _elbo_calls("elbo, variance per element", image, image)
     if dtype not in (torch.float32, torch.bfloat16):
         return
-    moments, last = meta(16, 8, 64, 64), torch.channels_last
-    clamp = (-30.0, 20.0)
-    yield from _latent_calls("sample and KL, prior", wide, wide, prior=True)
-    yield from _latent_calls("moments", moments, None, chunk=1, clamp=clamp)
-    yield from _latent_calls(
-        "moments, channels last", moments.to(memory_format=last), None, chunk=1, clamp=clamp
-    )
+    last = moments.to(memory_format=torch.channels_last)
+    ragged, apart = meta(64, 4999), meta(64, 65540)[:, 1:-3]
+    small = meta(1024, 128)
+    yield from _latent_calls("moments, channels last", last, None, chunk=1, clamp=clamp)
     yield from _latent_calls(
         "moments, last dimension", meta(16, 256, 128), None, chunk=2, clamp=clamp
     )
-    yield from _latent_calls("sample and KL, small rows", meta(1024, 128), meta(1024, 128))
-    yield from _latent_calls("sample and KL, ragged rows", meta(64, 4999), meta(64, 4999))
-    yield from _latent_calls(
-        "sample and KL, misaligned", meta(64, 65540)[:, 1:-3], meta(64, 65540)[:, 1:-3]
-    )
-    yield from _latent_calls("samples and KL", wide, wide, samples=8)
+    yield from _latent_calls("sample and KL, small rows", small, small)
+    yield from _latent_calls("sample and KL, ragged rows", ragged, ragged)
+    yield from _latent_calls("sample and KL, misaligned", apart, apart)
     yield from _latent_calls("sample", wide, wide, reduction=OFF)
     yield from _latent_calls("KL", wide, wide, sample=False)
-    yield from _latent_calls("KL, batch mean", wide, wide, sample=False, reduction=BATCHMEAN)
     yield from _latent_calls("KL per element", wide, wide, sample=False, reduction=NONE)
     yield from _likelihood_calls("likelihood, one learned variance", image, meta())
-    yield from _likelihood_calls("likelihood, variance per channel", image, meta(3, 1, 1))
     yield from _likelihood_calls("likelihood, variance per pixel", image, meta(256, 256))
-    yield from _likelihood_calls("likelihood, unit variance, small rows", meta(1024, 784), None)
     yield from _likelihood_calls("likelihood per element", image, None, reduction=NONE)
+    yield from _elbo_calls("elbo, one learned variance", image, meta())
+    yield "seeds", lambda: latent_operations.fold_seed(_SEED, 1)
+    yield "noise words", lambda: latent_operations.noise_words(_SEED, 0, 0, 0, 1000)
+    if dtype != torch.float32:
+        return
+    # What follows changes which numbers are added and stored, and not how a dtype is handled.
+    yield from _latent_calls("sample and KL, batch mean", wide, wide, reduction=BATCHMEAN)
+    yield from _latent_calls("KL, batch mean", wide, wide, sample=False, reduction=BATCHMEAN)
+    yield from _latent_calls("KL, prior", wide, wide, sample=False, prior=True)
+    yield from _latent_calls("moments, prior", moments, None, chunk=1, clamp=clamp, prior=True)
+    yield from _latent_calls("moments, samples", moments, None, chunk=1, clamp=clamp, samples=4)
+    yield from _latent_calls("moments, sample", moments, None, chunk=1, clamp=clamp, reduction=OFF)
+    yield from _latent_calls("moments, KL", moments, None, chunk=1, clamp=clamp, sample=False)
+    yield from _likelihood_calls("likelihood, variance per channel", image, meta(3, 1, 1))
+    yield from _likelihood_calls("likelihood, small rows", meta(1024, 784), None)
+    yield from _likelihood_calls(
+        "likelihood per element, variance per element", image, image, reduction=NONE
+    )
     yield from _likelihood_calls("likelihood, batch mean", image, None, reduction=BATCHMEAN)
     yield from _likelihood_calls(
         "likelihood, samples", image[None].expand(4, *image.shape), None, batch_dims=2
     )
-    yield from _elbo_calls("elbo, variance per element", image, image)
-    yield from _elbo_calls("elbo, one learned variance", image, meta())
-    yield "seeds", lambda: latent_operations.fold_seed(_SEED, 1)
-    yield "noise words", lambda: latent_operations.noise_words(_SEED, 0, 0, 0, 1000)
+    yield from _elbo_calls("elbo, variance per channel", image, meta(3, 1, 1))
+    yield from _elbo_calls("elbo, variance per pixel", image, meta(256, 256))
+    yield from _elbo_calls("elbo, KL given", image, None, kl_given=True)
 
 
 _META = torch.device("meta")
@@ -219,8 +230,8 @@ def _latent_calls(
     sample: bool = True,
     reduction: int = SAMPLE,
 ) -> _Calls:
-    prior_mean = mean if prior else None
     part, _ = halves(mean, logvar, chunk)
+    prior_mean = torch.empty_like(part) if prior else None
     like_z = (
         torch.empty((samples, *part.shape), dtype=mean.dtype, device=_META)
         if samples
@@ -274,13 +285,14 @@ def _likelihood_calls(
     )
 
 
-def _elbo_calls(label: str, x: Tensor, logvar: Tensor | None) -> _Calls:
-    latent = torch.empty((x.shape[0], 4, 32, 32), dtype=x.dtype, device=_META)
+def _elbo_calls(label: str, x: Tensor, logvar: Tensor | None, kl_given: bool = False) -> _Calls:
+    latent = None if kl_given else x.new_empty(x.shape[0], 4, 32, 32)
+    kl = nats_like(x, 1, SAMPLE) if kl_given else None
     forward = likelihood_operations.elbo_forward
     for want_grads in (False, True):
         yield (
             f"{label}{', with gradients' if want_grads else ''}",
             functools.partial(
-                forward, x, x, logvar, 0.0, latent, latent, None, None, 1.0, BATCHMEAN, want_grads
+                forward, x, x, logvar, 0.0, latent, latent, kl, None, 1.0, BATCHMEAN, want_grads
             ),
         )

@@ -17,7 +17,7 @@ import triton.language as tl
 from .formulas import expm1_of_double, exponentials, from_bits
 from .likelihood import likelihood_tiles
 from .reduction import add_up
-from .tiles import SAMPLE, add_columns, first_row, kernel, load, store, tile_at
+from .tiles import SAMPLE, add_columns, first_row, kernel, load, row_start, store, tile_at
 
 
 @triton.jit
@@ -55,14 +55,23 @@ def standard_normal_tiles(
     total = tl.zeros([ROWS, WIDTH], DTYPE)
     for i in range(iterations):
         here = tile_at(begin, i, None, count, inner, WIDTH, LANES, LANE_ALIGNED)
-        mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
-        logvar_tile = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
+        mean_tile = load(mean_ptr, mean, row_start(row, mean), here, ALIGNED, DTYPE)
+        logvar_tile = load(logvar_ptr, logvar, row_start(row, logvar), here, ALIGNED, DTYPE)
         _, less_one, phi = exponentials(0.5 * logvar_tile, False)
         total += tl.fma(mean_tile, mean_tile, phi)
         if grad_mean_ptr is not None:
             to_logvar = (0.5 * weight) * expm1_of_double(less_one)
-            store(grad_mean_ptr, grad_mean, row * grad_mean.row, here, weight * mean_tile, ALIGNED)
-            store(grad_logvar_ptr, grad_logvar, row * grad_logvar.row, here, to_logvar, ALIGNED)
+            store(
+                grad_mean_ptr,
+                grad_mean,
+                row_start(row, grad_mean),
+                here,
+                weight * mean_tile,
+                ALIGNED,
+            )
+            store(
+                grad_logvar_ptr, grad_logvar, row_start(row, grad_logvar), here, to_logvar, ALIGNED
+            )
     tl.store(
         kl_ptr + (row * splits + split), 0.5 * add_columns(total, ROWS, WIDTH, LANES), mask=valid
     )

@@ -26,9 +26,14 @@ _MAX_ITERATIONS = 8
 _MAX_PLANE = 2**31 - 2 * TILE * _MAX_ITERATIONS  # what 32-bit positions inside an event can reach
 
 
+#: Strides reach the kernels multiplied by this. Triton compiles anew for an integer that is 1 and
+#: for one that is divisible by 16, which a batch of one would make of strides that mean nothing.
+STRIDE_SCALE = 16
+
+
 class Layout(NamedTuple):
     """A tensor next to its pointer: compile-time kind, and strides in elements. A tuple argument of
-    the kernels.
+    the kernels (there with strides times `STRIDE_SCALE`).
     """
 
     kind: Any

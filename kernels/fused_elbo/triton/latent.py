@@ -33,6 +33,7 @@ from .tiles import (
     first_row,
     kernel,
     load,
+    row_start,
     store,
     tile_at,
 )
@@ -132,8 +133,8 @@ def latent_forward_kernel(
 
     for i in range(iterations):
         here = tile_at(begin, i, low, high, inner, WIDTH, LANES, LANE_ALIGNED)
-        mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
-        logvar_tile = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
+        mean_tile = load(mean_ptr, mean, row_start(row, mean), here, ALIGNED, DTYPE)
+        logvar_tile = load(logvar_ptr, logvar, row_start(row, logvar), here, ALIGNED, DTYPE)
         if CLAMP:
             logvar_tile = clamp(logvar_tile, lowest, highest)
         std, _, phi = exponentials(0.5 * logvar_tile, BOUNDED)
@@ -141,10 +142,15 @@ def latent_forward_kernel(
         if REDUCTION != OFF:
             if prior_mean_ptr is not None:
                 prior_mean_tile = load(
-                    prior_mean_ptr, prior_mean, row * prior_mean.row, here, ALIGNED, DTYPE
+                    prior_mean_ptr, prior_mean, row_start(row, prior_mean), here, ALIGNED, DTYPE
                 )
                 prior_logvar_tile = load(
-                    prior_logvar_ptr, prior_logvar, row * prior_logvar.row, here, ALIGNED, DTYPE
+                    prior_logvar_ptr,
+                    prior_logvar,
+                    row_start(row, prior_logvar),
+                    here,
+                    ALIGNED,
+                    DTYPE,
                 )
                 _, _, phi = exponentials(0.5 * (logvar_tile - prior_logvar_tile), False)
                 distance = mean_tile - prior_mean_tile
@@ -152,7 +158,7 @@ def latent_forward_kernel(
             else:
                 nats = tl.fma(mean_tile, mean_tile, phi)
             if REDUCTION == NONE:
-                store(kl_ptr, kl, row * kl.row, here, scale * nats, ALIGNED)
+                store(kl_ptr, kl, row_start(row, kl), here, scale * nats, ALIGNED)
             elif CLAMP:
                 total += tl.where(here[4], nats, 0.0)
             else:
@@ -164,12 +170,12 @@ def latent_forward_kernel(
                 for k in range(samples):
                     index = k + tl.full([], 0, tl.int64)  # a tensor under the interpreter too
                     eps = normals(groups, index.to(tl.uint32), key, ROWS, WIDTH, LANES, DTYPE)
-                    sample_row = index * z_sample + row * z.row
+                    sample_row = index * z_sample + row_start(row, z)
                     store(z_ptr, z, sample_row, here, tl.fma(std, eps, mean_tile), ALIGNED)
             else:
                 first = tl.full([], 0, tl.uint32)
                 eps = normals(groups, first, key, ROWS, WIDTH, LANES, DTYPE)
-                store(z_ptr, z, row * z.row, here, tl.fma(std, eps, mean_tile), ALIGNED)
+                store(z_ptr, z, row_start(row, z), here, tl.fma(std, eps, mean_tile), ALIGNED)
 
     if REDUCTION == SAMPLE:
         per_row = add_columns(total, ROWS, WIDTH, LANES) * scale
@@ -242,11 +248,13 @@ def latent_backward_kernel(
     if grad_kl_ptr is not None:
         g = from_bits(kl_scale, DTYPE)
         if grad_kl.kind == CONSTANT:
-            g *= tl.load(grad_kl_ptr + row * grad_kl.row, mask=row < rows, other=0.0).to(DTYPE)
+            g *= tl.load(grad_kl_ptr + row_start(row, grad_kl), mask=row < rows, other=0.0).to(
+                DTYPE
+            )
 
     for i in range(iterations):
         here = tile_at(begin, i, low, high, inner, WIDTH, LANES, LANE_ALIGNED)
-        raw_logvar = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
+        raw_logvar = load(logvar_ptr, logvar, row_start(row, logvar), here, ALIGNED, DTYPE)
         logvar_tile = raw_logvar
         if CLAMP:
             logvar_tile = clamp(raw_logvar, lowest, highest)
@@ -260,28 +268,33 @@ def latent_backward_kernel(
                 for k in range(samples):
                     index = k + tl.full([], 0, tl.int64)  # a tensor under the interpreter too
                     eps = normals(groups, index.to(tl.uint32), key, ROWS, WIDTH, LANES, DTYPE)
-                    sample_row = index * grad_z_sample + row * grad_z.row
+                    sample_row = index * grad_z_sample + row_start(row, grad_z)
                     upstream = load(grad_z_ptr, grad_z, sample_row, here, ALIGNED, DTYPE)
                     to_mean += upstream
                     to_logvar = tl.fma(upstream, eps, to_logvar)
             else:
                 first = tl.full([], 0, tl.uint32)
                 eps = normals(groups, first, key, ROWS, WIDTH, LANES, DTYPE)
-                to_mean = load(grad_z_ptr, grad_z, row * grad_z.row, here, ALIGNED, DTYPE)
+                to_mean = load(grad_z_ptr, grad_z, row_start(row, grad_z), here, ALIGNED, DTYPE)
                 to_logvar = to_mean * eps
             to_logvar = (0.5 * std) * to_logvar
 
         if grad_kl_ptr is not None:
             weight = g
             if grad_kl.kind != CONSTANT:
-                weight *= load(grad_kl_ptr, grad_kl, row * grad_kl.row, here, ALIGNED, DTYPE)
-            mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
+                weight *= load(grad_kl_ptr, grad_kl, row_start(row, grad_kl), here, ALIGNED, DTYPE)
+            mean_tile = load(mean_ptr, mean, row_start(row, mean), here, ALIGNED, DTYPE)
             if prior_mean_ptr is not None:
                 prior_mean_tile = load(
-                    prior_mean_ptr, prior_mean, row * prior_mean.row, here, ALIGNED, DTYPE
+                    prior_mean_ptr, prior_mean, row_start(row, prior_mean), here, ALIGNED, DTYPE
                 )
                 prior_logvar_tile = load(
-                    prior_logvar_ptr, prior_logvar, row * prior_logvar.row, here, ALIGNED, DTYPE
+                    prior_logvar_ptr,
+                    prior_logvar,
+                    row_start(row, prior_logvar),
+                    here,
+                    ALIGNED,
+                    DTYPE,
                 )
                 distance = mean_tile - prior_mean_tile
                 pull = distance * exponential(-prior_logvar_tile)
@@ -297,7 +310,7 @@ def latent_backward_kernel(
                 store(
                     grad_prior_mean_ptr,
                     grad_prior_mean,
-                    row * grad_prior_mean.row,
+                    row_start(row, grad_prior_mean),
                     here,
                     -weight * pull,
                     ALIGNED,
@@ -305,7 +318,7 @@ def latent_backward_kernel(
                 store(
                     grad_prior_logvar_ptr,
                     grad_prior_logvar,
-                    row * grad_prior_logvar.row,
+                    row_start(row, grad_prior_logvar),
                     here,
                     to_prior_logvar,
                     ALIGNED,
@@ -313,5 +326,5 @@ def latent_backward_kernel(
 
         if CLAMP:
             to_logvar = tl.where((raw_logvar >= lowest) & (raw_logvar <= highest), to_logvar, 0.0)
-        store(grad_mean_ptr, grad_mean, row * grad_mean.row, here, to_mean, ALIGNED)
-        store(grad_logvar_ptr, grad_logvar, row * grad_logvar.row, here, to_logvar, ALIGNED)
+        store(grad_mean_ptr, grad_mean, row_start(row, grad_mean), here, to_mean, ALIGNED)
+        store(grad_logvar_ptr, grad_logvar, row_start(row, grad_logvar), here, to_logvar, ALIGNED)

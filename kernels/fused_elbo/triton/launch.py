@@ -91,7 +91,9 @@ def triton_dtype(accumulate: torch.dtype) -> Any:
 
 def operand(name: str, tensor: Tensor | None, layout: geometry.Layout) -> dict[str, Any]:
     """The two arguments that stand for a tensor: its pointer and its layout."""
-    return {f"{name}_ptr": tensor, name: layout._replace(kind=tl.constexpr(layout.kind))}
+    kind, *strides = layout
+    scaled = [stride * geometry.STRIDE_SCALE for stride in strides]
+    return {f"{name}_ptr": tensor, name: geometry.Layout(tl.constexpr(kind), *scaled)}
 
 
 def power_of_two(n: int) -> int:

@@ -26,7 +26,9 @@ from .tiles import (
     first_row,
     kernel,
     load,
+    row_start,
     store,
+    stride,
     tile_at,
 )
 
@@ -39,7 +41,9 @@ PER_ROW = tl.constexpr(geometry.PER_ROW)
 @triton.jit
 def row_offset(place, sample_stride, layout):
     """The element offset of rows, from their indices (sample, batch, channel)."""
-    return place[0] * sample_stride + place[1] * layout.row + place[2] * layout.channel
+    return (
+        place[0] * sample_stride + row_start(place[1], layout) + place[2] * stride(layout.channel)
+    )
 
 
 @triton.jit

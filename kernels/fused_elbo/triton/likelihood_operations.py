@@ -64,8 +64,8 @@ class _Likelihood:
         )
         target = None
         if grad_logvar is not None and not shared:
-            if grad_logvar.numel() == mean.numel():
-                target = grad_logvar.view(mean.shape)
+            if grad_logvar.shape == mean.shape:
+                target = grad_logvar
             else:
                 target = self.buffer = torch.empty_like(mean, dtype=self.dtype)
 

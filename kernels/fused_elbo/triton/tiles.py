@@ -27,11 +27,15 @@ from . import geometry
 
 def kernel(fn: Callable[..., None]) -> Any:
     """`triton.jit` for what is launched: neither the value nor the alignment of an argument makes a
-    variant, only what the launcher passes as a constant (and a stride of 1 or divisible by 16)."""
+    variant, only what the launcher passes as a constant (and strides of 2**27 elements and more,
+    which are 64 bits wide). Triton would still look into the layouts, whose strides therefore come
+    multiplied by STRIDE_SCALE: never 1, always divisible by 16."""
     parameters = inspect.signature(fn).parameters
     variable = [name for name, p in parameters.items() if p.annotation is not tl.constexpr]
     return triton.jit(do_not_specialize=variable)(fn)
 
+
+STRIDE_SCALE = tl.constexpr(geometry.STRIDE_SCALE)
 
 UNIT = tl.constexpr(geometry.UNIT)
 CONSTANT = tl.constexpr(geometry.CONSTANT)
@@ -50,6 +54,18 @@ TOTAL = tl.constexpr(2)
 def first_row(program, splits, ROWS: tl.constexpr):
     """The rows [ROWS, 1] of a program, as int64; `program % splits` is its place within them."""
     return (program // splits) * ROWS + tl.arange(0, ROWS)[:, None]
+
+
+@triton.jit
+def stride(scaled):
+    """A stride of a layout in elements."""
+    return scaled // STRIDE_SCALE
+
+
+@triton.jit
+def row_start(row, layout):
+    """The element offset at which rows (int64) begin."""
+    return row * stride(layout.row)
 
 
 @triton.jit
@@ -102,11 +118,10 @@ def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr, PACK: tl.cons
         outer = n // inner
         within = n - outer * inner
         if layout.kind == UNIT_PLANE:
-            p = ptr + (row_offset + outer.to(tl.int64) * (layout.outer // PACK) + within)
+            p = ptr + (row_offset + outer.to(tl.int64) * (stride(layout.outer) // PACK) + within)
         else:
-            p = ptr + (
-                row_offset + outer.to(tl.int64) * layout.outer + within.to(tl.int64) * layout.inner
-            )
+            outer_offset = outer.to(tl.int64) * stride(layout.outer)
+            p = ptr + (row_offset + outer_offset + within.to(tl.int64) * stride(layout.inner))
     if ALIGNED and (layout.kind == UNIT or layout.kind == UNIT_PLANE):
         p = tl.multiple_of(p, (1, 16))
     return p

@@ -97,7 +97,7 @@ def required(
     channels_last: bool = False,
 ) -> list[Any]:
     """The launches, on tensors without storage, whose kernels `warm_up` compiles."""
-    from .launch import recording
+    from .launch import add_all, recording
 
     operations = tuple(operations)
     if unknown := set(operations) - set(OPERATIONS):
@@ -111,7 +111,14 @@ def required(
             for dtype in dtypes:
                 for operation in operations:
                     _record(operation, tuple(shape), dtype, priors, channels_last)
+        for dtype in {_nats(dtype) for dtype in dtypes}:
+            parts = torch.empty(2, dtype=dtype, device="meta")
+            add_all(parts, parts.new_empty(()))  # a sum over a batch larger than those of `shapes`
     return launches
+
+
+def _nats(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _record(
@@ -124,7 +131,7 @@ def _record(
         t = torch.empty(sizes, dtype=kind, device="meta")
         return t.to(memory_format=torch.channels_last) if channels_last and len(sizes) == 4 else t
 
-    nats = torch.float64 if dtype == torch.float64 else torch.float32
+    nats = _nats(dtype)
     seed = meta(kind=torch.int64)
     tensor = meta(*shape)
     if operation == "gaussian_log_likelihood":
