@@ -93,7 +93,7 @@ def latent_forward_kernel(
     kl,
     seed_ptr,
     seed_value: tl.int64,
-    stream: tl.int64,
+    noise_stream: tl.int64,
     row_offset: tl.int64,
     samples: tl.int32,
     z_sample: tl.int64,
@@ -124,7 +124,7 @@ def latent_forward_kernel(
         program, row_offset, rows, event, iterations, splits, ROWS, WIDTH, LANES, LANE_ALIGNED
     )
     if z_ptr is not None:
-        key = load_key(seed_ptr, seed_value, stream)
+        key = load_key(seed_ptr, seed_value, noise_stream)
     if CLAMP:
         lowest = from_bits(clamp_min, DTYPE)
         highest = from_bits(clamp_max, DTYPE)
@@ -211,7 +211,7 @@ def latent_backward_kernel(
     grad_prior_logvar,
     seed_ptr,
     seed_value: tl.int64,
-    stream: tl.int64,
+    noise_stream: tl.int64,
     row_offset: tl.int64,
     samples: tl.int32,
     grad_z_sample: tl.int64,
@@ -241,7 +241,7 @@ def latent_backward_kernel(
         program, row_offset, rows, event, iterations, splits, ROWS, WIDTH, LANES, LANE_ALIGNED
     )
     if grad_z_ptr is not None:
-        key = load_key(seed_ptr, seed_value, stream)
+        key = load_key(seed_ptr, seed_value, noise_stream)
     if CLAMP:
         lowest = from_bits(clamp_min, DTYPE)
         highest = from_bits(clamp_max, DTYPE)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import accumulate_dtype
-from ..schemas import BATCHMEAN, FAKES, NO_CLAMP, NONE, OFF, SAMPLE, halves, nats_like
+from ..schemas import BATCHMEAN, FAKES, NO_CLAMP, NONE, OFF, SAMPLE, halves
 from .formulas import BOUNDED_HALF_LOGVAR
 from .geometry import Arrangement, Division, arrange, divide, lanes
 from .latent import latent_backward_kernel, latent_forward_kernel
@@ -30,14 +30,11 @@ def latent_forward(
     want_z: bool = True,
     reduction: int = SAMPLE,
 ) -> tuple[Tensor, Tensor]:
+    z, kl = FAKES["latent_forward"](
+        mean, logvar, prior_mean, prior_logvar, seed, seed_value, stream, row_offset,
+        num_samples, chunk_dim, clamp_min, clamp_max, want_z, reduction,
+    )  # fmt: skip
     mean, logvar = halves(mean, logvar, chunk_dim)
-    if not want_z:
-        z = mean.new_empty(0)
-    elif num_samples:
-        z = mean.new_empty((num_samples, *mean.shape))
-    else:
-        z = torch.empty_like(mean)
-    kl = nats_like(mean, 1, reduction)
     if mean.numel() == 0:
         return z, empty_sum(kl, mean.shape[0], reduction)
 
@@ -174,7 +171,7 @@ def _numbers(
     return {
         "seed_ptr": seed,
         "seed_value": seed_value,
-        "stream": stream,
+        "noise_stream": stream,
         "row_offset": row_offset,
         "samples": max(num_samples, 1),
         "rows": arranged.rows,
@@ -223,7 +220,7 @@ def noise_words(seed: Tensor, stream: int, sample: int, first: int, count: int) 
             seed.device,
             seed_ptr=seed,
             words_ptr=words,
-            stream=stream,
+            noise_stream=stream,
             sample=sample,
             first=first,
             count=count,

@@ -184,14 +184,14 @@ def load_key(seed_ptr, seed_value, stream):
 def noise_words_kernel(
     seed_ptr,
     words_ptr,
-    stream: tl.int64,
+    noise_stream: tl.int64,
     sample: tl.int64,
     first: tl.int64,
     count: tl.int64,
     BLOCK: tl.constexpr,
 ):
     """words[i, :] = the Philox words of counter first + i, as int64."""
-    key = load_key(seed_ptr, 0, stream)
+    key = load_key(seed_ptr, 0, noise_stream)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counter = (first + i).to(tl.uint64)
     w0, w1, w2, w3 = philox(counter, sample.to(tl.uint32), key)
