@@ -63,7 +63,12 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compiles a recorded launch: the same specialization that running it would ask for."""
+    """Compiles a recorded launch."""
+    return triton.compile(source(launch), target=target, options=options(target.warp_size))
+
+
+def source(launch: Launch) -> ASTSource:
+    """The specialization that running a launch would ask for."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     divisible = {}
@@ -84,8 +89,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             signature[name] = f"*{_POINTEES[value.dtype]}"
         else:
             signature[name] = {tl.int32: "i32", tl.int64: "i64"}[parameter.annotation]
-    source = ASTSource(launch.kernel, signature, constants, divisible)
-    return triton.compile(source, target=target, options=options(target.warp_size))
+    return ASTSource(launch.kernel, signature, constants, divisible)
 
 
 def _integer(value: int) -> str:
