@@ -7,17 +7,13 @@ or, in the process that will train (which then starts with the kernels in memory
 
 What decides whether a kernel must be compiled: the operation and its optional arguments, the dtype,
 the strides' pattern (dense, channels_last, expanded), whether 16-byte accesses are possible, and
-for rows of up to 1024 elements the next power of two of their length. Not the batch size, the
-values of any argument, or the length of longer rows.
+for rows of up to 1024 elements the next power of two of their length (of longer rows, that of the
+number of their parts, for a tiny kernel that adds them up). Not the batch size, or the values of
+any argument.
 
-What Triton keeps where:
-
-- in memory, per process and device, every kernel it has compiled or loaded;
-- on disk, under ``TRITON_CACHE_DIR`` (default ``~/.triton/cache``), one folder per kernel with its
-  PTX and cubin (or AMD's hsaco), keyed by the source of the kernel and of all it calls, types,
-  constants, compile options, target and the version of Triton. A second process, or another machine
-  of the same kind that shares the folder, loads them in milliseconds. Deleting the folder costs one
-  compilation of each kernel (0.3 to 2 s); there is nothing else to invalidate.
+docs/triton.md says what Triton keeps where: in short, in memory, and under ``TRITON_CACHE_DIR``
+(default ``~/.triton/cache``), from where another process loads a kernel in milliseconds. Compiling
+one takes 0.3 to 2 s.
 """
 
 from __future__ import annotations
@@ -199,7 +195,10 @@ def _record_latent(
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.replace(",", "x").split("x"))
+    try:
+        return tuple(int(part) for part in text.replace(",", "x").split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sizes like 64x4x32x32, got {text!r}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

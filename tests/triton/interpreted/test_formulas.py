@@ -9,7 +9,20 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_elbo.triton.formulas import expm1_of_double, exponentials
+from fused_elbo.triton.formulas import expm1_of_double, exponential, exponentials
+
+
+@triton.jit
+def exponential_kernel(h_ptr, e_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(e_ptr + i, exponential(tl.load(h_ptr + i)))
+
+
+def run_exponential(h: np.ndarray) -> np.ndarray:
+    inputs = torch.from_numpy(h)
+    output = torch.full_like(inputs, torch.nan)
+    exponential_kernel[(1,)](inputs, output, BLOCK=len(h))
+    return output.numpy()
 
 
 @triton.jit
@@ -86,3 +99,15 @@ def test_the_standard_deviation_reaches_to_the_largest_float32() -> None:
     e, _, _ = run(x, False)
     true_e, _, _ = exact(x)
     assert np.max(np.abs(e / true_e - 1)) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "highest"), [(np.float32, 87.0), (np.float64, 700.0)])
+def test_a_lone_exponential_is_as_good(dtype: type, highest: float) -> None:
+    h = magnitudes(dtype, highest)
+    true_e, _, _ = exact(2 * h)
+    assert ulps(run_exponential(h), true_e).max() <= 2
+    inf, nan = np.inf, np.nan
+    ends = np.array([inf, -inf, nan, 1e30, -1e30, -1500.0, 1500.0, 0.0], dtype=dtype)
+    with np.errstate(all="ignore"):
+        got = run_exponential(ends)
+    np.testing.assert_array_equal(got, np.array([inf, 0, nan, inf, 0, 0, inf, 1], dtype))
