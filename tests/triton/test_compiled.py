@@ -71,12 +71,12 @@ def test_every_kernel_is_among_the_variants() -> None:
     }
 
 
-def on_the_stack(variant: Variant) -> int:
-    """Bytes. The assembler for sm_80 leaves one number there where the loss is in float64, with
-    registers to spare; float64 is there for exactness and not for speed.
-    """
-    loss = variant.kernel == "elbo_kernel" and variant.dtype == torch.float64
-    return 8 if loss and variant.target == "sm_80" and "gradients" in variant.name else 0
+#: In float64 the assembler for sm_80 leaves one number on the stack in these, with registers to
+#: spare; float64 is there for exactness and not for speed.
+ON_THE_STACK = {
+    ("sm_80", torch.float64, "sample and KL, prior, forward"): 8,
+    ("sm_80", torch.float64, "elbo, unit variance, with gradients"): 8,
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,8 +87,11 @@ def test_nvidia_variants_neither_spill_nor_exceed_their_shared_memory(
     for variant in variants(target, dtype):
         code = disassembly.nvidia(variant)
         assert code.local == 0, variant.name
-        assert code.stack == on_the_stack(variant), variant.name
-        assert code.registers <= 128, (variant.name, code.registers)  # sixteen warps at a time
+        stack = ON_THE_STACK.get((target, dtype, variant.name), 0)
+        assert code.stack <= stack, (variant.name, code.stack)
+        # Sixteen warps at a time; eight where the two exponentials of a prior are in float64.
+        limit = 192 if dtype == torch.float64 and "prior" in variant.name else 128
+        assert code.registers <= limit, (variant.name, code.registers)
         assert variant.compiled.metadata.shared <= SHARED_TILE, variant.name
 
 
@@ -205,8 +208,10 @@ def test_amd_variants_use_no_scratch_and_wide_accesses(target: str, dtype: torch
     for variant in variants(target, dtype):
         counts = disassembly.amd(variant)
         assert counts["vgpr_spill_count"] == counts["private_segment_fixed_size"] == 0, variant.name
-        # Four waves per SIMD; three where samples and KL are in float64.
-        limit = 168 if dtype == torch.float64 and variant.kernel.startswith("latent") else 128
+        # Four waves per SIMD; in float64 three, and two where there is a prior or a loop of samples.
+        limit = 128
+        if dtype == torch.float64:
+            limit = 256 if re.search("prior|samples", variant.name) else 168
         assert counts["vgpr_count"] <= limit, (variant.name, counts["vgpr_count"])
         assert variant.compiled.metadata.shared <= SHARED_TILE, variant.name
         if variant.aligned and not is_element_by_element(variant):
