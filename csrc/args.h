@@ -43,13 +43,27 @@ struct NoiseKey {
   int64_t row_offset = 0;
 };
 
+// What a scale argument stands for, as parametrization.py numbers it. kPlain: logvar itself; any other is turned into a
+// logvar, and its gradient back, by csrc/math/scale.h.
+enum class ScaleKind : int32_t { kPlain = 0, kLogVar = 1, kLogStd = 2, kSoftplusStd = 3, kVar = 4 };
+
+struct Scale {
+  ScaleKind kind = ScaleKind::kPlain;
+  bool soft_clamp = false;
+  double floor = 0;
+  double clamp_min = 0, clamp_max = 0;  // infinite: no clamp
+};
+
 // z = mean + exp(logvar/2) * eps and KL(q || p), or their gradients.
 //   shape.samples is K (1 when z has no sample dimension); mean, logvar and the priors have sample_stride 0.
 //   prior_mean and prior_logvar are both present or both absent (absent: N(0, I)).
 //   kl, grad_kl: always float32 (float64 for float64 inputs).
 //     kNone: one value per element; kSample: one per row (row_stride); kSum, kBatchMean: one value, all strides 0.
 //   kl_scale multiplies kSum/kBatchMean results: 1 or 1/rows.
-//   The KL's gradient coefficient of an element is grad_kl[...] * grad_kl_scale; grad_kl absent stands for 1.
+//   scale.kind other than kPlain: logvar and prior_logvar hold a parameter each, and so do their gradients; clamp is
+//   then not set. kPlain: clamp, if set, is that of logvar. mask: one byte per element, 0 where z, nats and gradients
+//   are 0 whatever the element's inputs hold. Absent: all count. The KL's gradient coefficient of an element is
+//   grad_kl[...] * grad_kl_scale; grad_kl absent stands for 1.
 struct LatentArgs {
   Shape shape;
   DType dtype = DType::kFloat32;  // of every operand but kl and grad_kl
@@ -57,6 +71,8 @@ struct LatentArgs {
   NoiseKey key;
   double clamp_min = 0, clamp_max = 0;  // used when clamp is set
   bool clamp = false;
+  Scale scale;
+  Operand mask;
   Reduction reduction = Reduction::kOff;
 
   Operand z;  // absent: no samples wanted
@@ -75,11 +91,14 @@ struct LatentArgs {
 //   others'. ll, grad_ll: as kl, grad_kl above, over [samples, rows]. grad_logvar, when wanted, is float32 (float64 for
 //   float64), of shape [samples, rows, event], where the trailing event dimensions over which logvar is constant are
 //   summed: size logvar_outer * 1 per row instead of event. See logvar_inner.
+//   scale: as in LatentArgs; other than kPlain only where logvar has a value per element. mask: as in LatentArgs.
 struct LikelihoodArgs {
   Shape shape;
   DType dtype = DType::kFloat32;  // of x, mean, grad_mean, grad_x
   Operand x, mean, logvar;
   double logvar_value = 0;
+  Scale scale;
+  Operand mask;
   Reduction reduction = Reduction::kOff;
 
   Operand ll;

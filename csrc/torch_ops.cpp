@@ -54,9 +54,12 @@ void implement(Library& m) {
 }  // namespace fused_elbo
 
 #define FUSED_ELBO_LATENT_INPUTS "Tensor mean, Tensor? logvar, Tensor? prior_mean, Tensor? prior_logvar"
-#define FUSED_ELBO_LATENT_PARAMS                                                                     \
-  "SymInt seed_value=0, int stream=0, SymInt row_offset=0, SymInt num_samples=0, int chunk_dim=-1, " \
-  "float clamp_min=-1e300, float clamp_max=1e300"
+#define FUSED_ELBO_SCALE "int scale=0, float floor=0.0, float clamp_min=-1e300, float clamp_max=1e300"
+#define FUSED_ELBO_LATENT_PARAMS                                                                      \
+  "Tensor? mask=None, SymInt seed_value=0, int stream=0, SymInt row_offset=0, SymInt num_samples=0, " \
+  "int chunk_dim=-1, " FUSED_ELBO_SCALE
+#define FUSED_ELBO_LIKELIHOOD_PARAMS \
+  "Tensor? mask=None, float logvar_value=0.0, int batch_dims=1, int reduction=1, " FUSED_ELBO_SCALE
 
 // The same as SCHEMAS in kernels/fused_elbo/schemas.py, which says what the arguments mean.
 STABLE_TORCH_LIBRARY(FUSED_ELBO_NAMESPACE, m) {
@@ -66,16 +69,16 @@ STABLE_TORCH_LIBRARY(FUSED_ELBO_NAMESPACE, m) {
         ", Tensor? grad_z, Tensor? grad_kl, Tensor? seed, " FUSED_ELBO_LATENT_PARAMS
         ", int reduction=1, bool want_prior=False) -> (Tensor grad_mean, Tensor grad_logvar, Tensor grad_prior_mean, "
         "Tensor grad_prior_logvar)");
+  m.def("likelihood_forward(Tensor x, Tensor mean, Tensor? logvar, " FUSED_ELBO_LIKELIHOOD_PARAMS ") -> Tensor");
   m.def(
-      "likelihood_forward(Tensor x, Tensor mean, Tensor? logvar, float logvar_value, int batch_dims, int reduction) "
-      "-> Tensor");
-  m.def(
-      "likelihood_backward(Tensor x, Tensor mean, Tensor? logvar, float logvar_value, int batch_dims, int reduction, "
-      "Tensor grad, bool want_mean, bool want_logvar) -> (Tensor grad_mean, Tensor grad_logvar)");
+      "likelihood_backward(Tensor x, Tensor mean, Tensor? logvar, Tensor grad, bool want_mean, bool "
+      "want_logvar, " FUSED_ELBO_LIKELIHOOD_PARAMS ") -> (Tensor grad_mean, Tensor grad_logvar)");
   m.def(
       "elbo_forward(Tensor recon_x, Tensor x, Tensor? recon_logvar, float recon_logvar_value, Tensor? mean, "
-      "Tensor? logvar, Tensor? kl, Tensor? beta, float beta_value, int reduction, bool want_grads) -> (Tensor loss, "
-      "Tensor log_likelihood, Tensor kl_out, Tensor grad_recon, Tensor grad_recon_logvar, Tensor grad_mean, "
+      "Tensor? logvar, Tensor? kl, Tensor? beta, float beta_value, int reduction, bool want_grads, Tensor? "
+      "mask=None, " FUSED_ELBO_SCALE
+      ") -> (Tensor loss, Tensor log_likelihood, Tensor kl_out, Tensor grad_recon, Tensor grad_recon_logvar, Tensor "
+      "grad_mean, "
       "Tensor grad_logvar)");
   m.def("fold_seed(Tensor seed, SymInt data) -> Tensor");
   m.def("noise_words(Tensor seed, int stream, int sample, int first, int count) -> Tensor");

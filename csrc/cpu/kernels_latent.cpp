@@ -2,6 +2,9 @@
 //
 // Memory: forward reads 2 numbers per element and writes 1, backward reads 3 and writes 2; noise is generated where it
 // is used, in both directions. One exponential serves the standard deviation, the KL and its gradient.
+#include <initializer_list>
+
+#include "elements.h"
 #include "latent.h"
 #include "latent_loops.h"
 
@@ -36,6 +39,9 @@ struct LatentBuffers {
   alignas(64) T grad_z_eps[kBuffer];
   alignas(64) T runs[4 * kRun];
   alignas(64) T interleaved[kBuffer];
+  alignas(64) T keep[kBuffer];
+  alignas(64) T slope[kBuffer];
+  alignas(64) T prior_slope[kBuffer];
   alignas(64) double rows[kUnit];
 };
 
@@ -99,6 +105,7 @@ LatentWork<T>::LatentWork(const LatentArgs& args, Pass pass, double* partials, b
   logvar_ = view(args.logvar);
   prior_mean_ = view(args.prior_mean);
   prior_logvar_ = view(args.prior_logvar);
+  mask_ = view(args.mask);
   if (pass != Pass::kBackward) {
     z_ = view(args.z);
     kl_ = view(args.kl);
@@ -124,6 +131,42 @@ void LatentWork<T>::add_inputs(const Range& range, LatentBuffers<T>& buffers, La
   }
   arrays.clamp_min = static_cast<T>(args_.clamp_min);
   arrays.clamp_max = static_cast<T>(args_.clamp_max);
+  const int64_t count = whole_groups(range.rows * range.count);
+  if (args_.scale.kind != ScaleKind::kPlain) {
+    to_logvar(args_.scale, arrays.logvar, count, buffers.logvar, buffers.slope);
+    arrays.logvar = buffers.logvar;
+    if (prior_mean_) {
+      to_logvar(args_.scale, arrays.prior_logvar, count, buffers.prior_logvar, buffers.prior_slope);
+      arrays.prior_logvar = buffers.prior_logvar;
+    }
+  }
+  if (mask_) {
+    // Mean 0 and logvar 0, against a prior of the same: no nats, exactly.
+    load_mask(mask_, range, buffers.keep);
+    read_counted(buffers.keep, arrays.mean, count, buffers.mean);
+    read_counted(buffers.keep, arrays.logvar, count, buffers.logvar);
+    if (prior_mean_) {
+      read_counted(buffers.keep, arrays.prior_mean, count, buffers.prior_mean);
+      read_counted(buffers.keep, arrays.prior_logvar, count, buffers.prior_logvar);
+    }
+  }
+}
+
+// Gradients by logvar become those by the scale parameters; what does not count has none.
+template <typename T>
+void LatentWork<T>::finish_gradients(const LatentArrays<T>& arrays, int64_t count,
+                                     const LatentBuffers<T>& buffers) const {
+  const bool priors = grad_prior_mean_ && args_.has_grad_kl;
+  if (args_.scale.kind != ScaleKind::kPlain) {
+    through_slope(buffers.slope, count, arrays.grad_logvar);
+    if (priors) through_slope(buffers.prior_slope, count, arrays.grad_prior_logvar);
+  }
+  if (!mask_) return;
+  for (T* const grad : {arrays.grad_mean, arrays.grad_logvar}) keep_counted(buffers.keep, grad, count, grad);
+  if (!priors) return;
+  for (T* const grad : {arrays.grad_prior_mean, arrays.grad_prior_logvar}) {
+    keep_counted(buffers.keep, grad, count, grad);
+  }
 }
 
 template <typename T>
@@ -240,6 +283,7 @@ void LatentWork<T>::forward_unit(const NoiseGenerator& first, const Range& range
   if (samples == 1) {
     arrays.z = output(z_, range, buffers.first);
     run_loop(first, range, arrays, buffers);
+    if (mask_) keep_counted(buffers.keep, arrays.z, count, arrays.z);
     store_output(z_, range, arrays.z, buffers.first);
   } else {
     loop_(arrays, 0, count);
@@ -255,6 +299,7 @@ void LatentWork<T>::forward_unit(const NoiseGenerator& first, const Range& range
           z[i] = math::sample(arrays.mean[i], buffers.second[i], eps[i]);
         }
       }
+      if (mask_) keep_counted(buffers.keep, z, count, z);
       store_output(z_, one, z, buffers.first);
     }
   }
@@ -303,6 +348,7 @@ void LatentWork<T>::backward_unit(const NoiseGenerator& first, const Range& rang
       if (args_.has_grad_kl) arrays.coefficient = coefficients(range, false, buffers);
       loop_(arrays, 0, count);
     }
+    finish_gradients(arrays, count, buffers);
   } else {
     for (int64_t i = 0; i < count; ++i) arrays.grad_mean[i] = arrays.grad_logvar[i] = 0;
   }

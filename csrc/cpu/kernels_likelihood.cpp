@@ -3,6 +3,7 @@
 // Memory: reads x and mean, and logvar where it has one value per element; backward writes the gradient of mean, and of
 // such a logvar. Everything else is small: these kernels run at the speed of memory.
 #include "../math/gaussian.h"
+#include "elements.h"
 #include "level.h"
 #include "likelihood.h"
 #include "likelihood_loops.h"
@@ -21,6 +22,8 @@ struct LikelihoodBuffers {
   alignas(64) T grad_mean[kBuffer];
   alignas(64) T grad_x[kBuffer];
   alignas(64) T grad_logvar[kBuffer];
+  alignas(64) T keep[kBuffer];
+  alignas(64) T slope[kBuffer];
   // Per row of the unit.
   alignas(64) double row_upstream[kUnit];
   alignas(64) double row_logvar[kUnit];
@@ -148,7 +151,8 @@ LikelihoodWork<T>::LikelihoodWork(const LikelihoodArgs& args, Pass pass, double*
       grad_logvar_wanted_(wants_grad_logvar(args, pass)),
       partials_(sums_later(args, pass, cut_, totals) ? partials : nullptr),
       logvar_partials_(nullptr) {
-  constant_ = args.reduction != Reduction::kNone && (cut_.runs > 1 || is_constant_per_event(args));
+  constant_ =
+      args.reduction != Reduction::kNone && args.mask.data == nullptr && (cut_.runs > 1 || is_constant_per_event(args));
   one_logvar_ = !args.logvar.data ||
                 (cut_.runs == 1 && constant_ && args.logvar.row_stride == 0 && args.logvar.sample_stride == 0);
   if (grad_logvar_wanted_ && splits_grad_logvar(args, cut_)) {
@@ -159,6 +163,7 @@ LikelihoodWork<T>::LikelihoodWork(const LikelihoodArgs& args, Pass pass, double*
   x_ = view(args.x);
   mean_ = view(args.mean);
   logvar_ = view(args.logvar);
+  mask_ = view(args.mask);
   if (value_) ll_ = view(args.ll);
   if (pass != Pass::kForward) {
     grad_ll_ = view(args.grad_ll);
@@ -312,16 +317,32 @@ void LikelihoodWork<T>::elementwise_unit(const Piece& piece, LikelihoodBuffers<T
     arrays.logvar = buffers.logvar;
   }
   if (grad_mean_wanted_ || grad_logvar_wanted_) arrays.upstream = upstream(range, buffers);
+  const bool scaled = args_.scale.kind != ScaleKind::kPlain;
+  if (scaled) {
+    to_logvar(args_.scale, arrays.logvar, count, buffers.logvar, buffers.slope);
+    arrays.logvar = buffers.logvar;
+  }
+  if (mask_) {
+    load_mask(mask_, range, buffers.keep);
+    read_counted(buffers.keep, arrays.x, count, buffers.x);
+    read_counted(buffers.keep, arrays.mean, count, buffers.mean);
+    read_counted(buffers.keep, arrays.logvar, count, buffers.logvar);
+    if (grad_mean_wanted_ || grad_logvar_wanted_) {
+      read_counted(buffers.keep, arrays.upstream, count, buffers.upstream);
+    }
+  }
   arrays.value = value_each ? output(ll_, range, buffers.value) : buffers.value;
   arrays.grad_mean = output(grad_mean_, range, buffers.grad_mean);
   arrays.grad_logvar = grad_logvar_each ? output(grad_logvar_, range, buffers.grad_logvar) : buffers.grad_logvar;
   arrays.count = range.rows * range.count;
-  const bool summed = cut_.units.rows_per_unit == 1 && !value_each;
+  const bool summed = cut_.units.rows_per_unit == 1 && !value_each && !mask_;
   const double total = run_elementwise_loop(arrays, count,
                                             !value_  ? Values::kNone
                                             : summed ? Values::kSummed
                                                      : Values::kStored,
                                             grad_mean_wanted_, grad_logvar_wanted_);
+  if (mask_ && value_) keep_counted(buffers.keep, arrays.value, count, arrays.value);
+  if (scaled && grad_logvar_wanted_) through_slope(buffers.slope, count, arrays.grad_logvar);
   store_grad_mean(range, arrays.grad_mean, buffers);
   if (value_each) store_output(ll_, range, arrays.value, buffers.value);
   if (grad_logvar_each) store_output(grad_logvar_, range, arrays.grad_logvar, buffers.grad_logvar);

@@ -1,5 +1,6 @@
 // Copies between operands of any strides and dtype and the kernels' buffers.
 #include "convert.h"
+#include "elements.h"
 #include "unit.h"
 #include "view.h"
 
@@ -138,6 +139,18 @@ FUSED_ELBO_INLINE void store_any(const View& view, const Range& range, const Fro
   }
 }
 
+template <typename To>
+FUSED_ELBO_INLINE void load_bytes(const View& view, const Range& range, To* to) {
+  const uint8_t* const data = reinterpret_cast<const uint8_t*>(view.data);
+  for_each_run(view, range,
+               [=](int64_t offset, int64_t step, int64_t length, int64_t position) __attribute__((always_inline)) {
+                 const uint8_t* const from = data + offset;
+                 To* const out = to + position;
+                 for (int64_t i = 0; i < length; ++i) out[i] = from[i * step] != 0 ? To(1) : To(0);
+               });
+  for (int64_t i = range.rows * range.count; i % kLanes != 0; ++i) to[i] = 0;
+}
+
 template <typename T>
 FUSED_ELBO_INLINE double sum_short(const T* values, int64_t count) {
   double total = 0;
@@ -218,6 +231,9 @@ void load(const View& view, const Range& range, float* to) { load_any(view, rang
 void load(const View& view, const Range& range, double* to) { load_any(view, range, to); }
 void store(const View& view, const Range& range, const float* from) { store_any(view, range, from); }
 void store(const View& view, const Range& range, const double* from) { store_any(view, range, from); }
+
+void load_mask(const View& mask, const Range& range, float* keep) { load_bytes(mask, range, keep); }
+void load_mask(const View& mask, const Range& range, double* keep) { load_bytes(mask, range, keep); }
 
 void read_rows(const View& view, const Range& range, double* values) {
   visit_rows(view, range, [=](auto* from, int64_t row) __attribute__((always_inline)) { values[row] = widen(*from); });

@@ -49,6 +49,7 @@ class LatentWork {
   void forward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const;
   void backward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const;
   void add_inputs(const Range& range, LatentBuffers<T>& buffers, LatentArrays<T>& arrays) const;
+  void finish_gradients(const LatentArrays<T>& arrays, int64_t count, const LatentBuffers<T>& buffers) const;
   const T* noise(const NoiseGenerator& generator, const Range& range, LatentBuffers<T>& buffers) const;
   void run_loop(const NoiseGenerator& generator, const Range& range, LatentArrays<T>& arrays,
                 LatentBuffers<T>& buffers) const;
@@ -64,7 +65,7 @@ class LatentWork {
   double* partials_;    // [rows, segments], or null where units write their rows' results themselves
   Noise noise_;
   Loop loop_;
-  View mean_, logvar_, prior_mean_, prior_logvar_, z_, kl_, grad_z_, grad_kl_;
+  View mean_, logvar_, prior_mean_, prior_logvar_, mask_, z_, kl_, grad_z_, grad_kl_;
   View grad_mean_, grad_logvar_, grad_prior_mean_, grad_prior_logvar_;
 };
 

@@ -34,16 +34,8 @@ FUSED_ELBO_INLINE Prior make_prior(const T* mean, const T* logvar, int64_t i) {
   }
 }
 
-// Every element counts. A mask of padded positions would scale nats and coefficients here.
-struct NoMask {
-  template <typename T>
-  FUSED_ELBO_INLINE static T weigh(T nats, int64_t) {
-    return nats;
-  }
-};
-
 // Elements begin .. end - 1 of a unit's arrays.
-template <typename T, class Scale, class Prior, class Mask, Samples kSamples, bool kNats>
+template <typename T, class Scale, class Prior, Samples kSamples, bool kNats>
 void forward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
   const Scale scale = make_scale<T, Scale>(arrays);
   const T *const mean = arrays.mean, *const logvar = arrays.logvar, *const eps = arrays.eps;
@@ -58,12 +50,12 @@ void forward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
           make_prior<T, Prior>(prior_mean, prior_logvar, i).terms(mean[i], scale.logvar(logvar[i]));
       if constexpr (kSamples == Samples::kOne) z[i] = math::sample(mean[i], kl.std, eps[local]);
       if constexpr (kSamples == Samples::kSeveral) std[i] = kl.std;
-      if constexpr (kNats) nats[i] = Mask::weigh(kl.kl, i);
+      if constexpr (kNats) nats[i] = kl.kl;
     }
   }
 }
 
-template <typename T, class Scale, class Prior, class Mask, Samples kSamples, bool kKl, bool kNats>
+template <typename T, class Scale, class Prior, Samples kSamples, bool kKl, bool kNats>
 void backward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
   const Scale scale = make_scale<T, Scale>(arrays);
   const T *const mean = arrays.mean, *const logvar = arrays.logvar, *const eps = arrays.eps;
@@ -81,7 +73,7 @@ void backward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
       const math::KlTerms<T> kl = prior.terms(mean[i], scale.logvar(logvar[i]));
       T by_mean = 0, by_logvar = 0;
       if constexpr (kKl) {
-        const T coefficient = Mask::weigh(coefficients[local], i);
+        const T coefficient = coefficients[local];
         by_mean = coefficient * kl.by_mean;
         by_logvar = coefficient * kl.by_logvar;
         if constexpr (Prior::kLearned) {
@@ -97,7 +89,7 @@ void backward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
       }
       grad_mean[i] = by_mean;
       grad_logvar[i] = scale.gradient(logvar[i], by_logvar);
-      if constexpr (kNats) nats[i] = Mask::weigh(kl.kl, i);
+      if constexpr (kNats) nats[i] = kl.kl;
     }
   }
 }
@@ -110,19 +102,19 @@ auto pick_forward(bool learned_prior, bool nats, Samples samples)
   using Standard = math::StandardPrior<T>;
   using Learned = math::GaussianPrior<T>;
   if (!nats) {
-    return samples == Samples::kOne ? forward_loop<T, Scale, Standard, NoMask, Samples::kOne, false>
-                                    : forward_loop<T, Scale, Standard, NoMask, Samples::kSeveral, false>;
+    return samples == Samples::kOne ? forward_loop<T, Scale, Standard, Samples::kOne, false>
+                                    : forward_loop<T, Scale, Standard, Samples::kSeveral, false>;
   }
   switch (samples) {
     case Samples::kNone:
-      return learned_prior ? forward_loop<T, Scale, Learned, NoMask, Samples::kNone, true>
-                           : forward_loop<T, Scale, Standard, NoMask, Samples::kNone, true>;
+      return learned_prior ? forward_loop<T, Scale, Learned, Samples::kNone, true>
+                           : forward_loop<T, Scale, Standard, Samples::kNone, true>;
     case Samples::kOne:
-      return learned_prior ? forward_loop<T, Scale, Learned, NoMask, Samples::kOne, true>
-                           : forward_loop<T, Scale, Standard, NoMask, Samples::kOne, true>;
+      return learned_prior ? forward_loop<T, Scale, Learned, Samples::kOne, true>
+                           : forward_loop<T, Scale, Standard, Samples::kOne, true>;
     case Samples::kSeveral:
-      return learned_prior ? forward_loop<T, Scale, Learned, NoMask, Samples::kSeveral, true>
-                           : forward_loop<T, Scale, Standard, NoMask, Samples::kSeveral, true>;
+      return learned_prior ? forward_loop<T, Scale, Learned, Samples::kSeveral, true>
+                           : forward_loop<T, Scale, Standard, Samples::kSeveral, true>;
   }
   __builtin_unreachable();
 }
@@ -133,23 +125,23 @@ auto pick_backward(bool learned_prior, bool kl, bool nats, Samples samples)
   using Standard = math::StandardPrior<T>;
   using Learned = math::GaussianPrior<T>;
   if (!kl) {
-    return samples == Samples::kOne ? backward_loop<T, Scale, Standard, NoMask, Samples::kOne, false, false>
-                                    : backward_loop<T, Scale, Standard, NoMask, Samples::kSeveral, false, false>;
+    return samples == Samples::kOne ? backward_loop<T, Scale, Standard, Samples::kOne, false, false>
+                                    : backward_loop<T, Scale, Standard, Samples::kSeveral, false, false>;
   }
   switch (samples) {
     case Samples::kNone:
       if (nats) {
-        return learned_prior ? backward_loop<T, Scale, Learned, NoMask, Samples::kNone, true, true>
-                             : backward_loop<T, Scale, Standard, NoMask, Samples::kNone, true, true>;
+        return learned_prior ? backward_loop<T, Scale, Learned, Samples::kNone, true, true>
+                             : backward_loop<T, Scale, Standard, Samples::kNone, true, true>;
       }
-      return learned_prior ? backward_loop<T, Scale, Learned, NoMask, Samples::kNone, true, false>
-                           : backward_loop<T, Scale, Standard, NoMask, Samples::kNone, true, false>;
+      return learned_prior ? backward_loop<T, Scale, Learned, Samples::kNone, true, false>
+                           : backward_loop<T, Scale, Standard, Samples::kNone, true, false>;
     case Samples::kOne:
-      return learned_prior ? backward_loop<T, Scale, Learned, NoMask, Samples::kOne, true, false>
-                           : backward_loop<T, Scale, Standard, NoMask, Samples::kOne, true, false>;
+      return learned_prior ? backward_loop<T, Scale, Learned, Samples::kOne, true, false>
+                           : backward_loop<T, Scale, Standard, Samples::kOne, true, false>;
     case Samples::kSeveral:
-      return learned_prior ? backward_loop<T, Scale, Learned, NoMask, Samples::kSeveral, true, false>
-                           : backward_loop<T, Scale, Standard, NoMask, Samples::kSeveral, true, false>;
+      return learned_prior ? backward_loop<T, Scale, Learned, Samples::kSeveral, true, false>
+                           : backward_loop<T, Scale, Standard, Samples::kSeveral, true, false>;
   }
   __builtin_unreachable();
 }

@@ -67,7 +67,7 @@ class LikelihoodWork {
   double logvar_value_ = 0, precision_ = 0;  // that one
   double* partials_;                         // [samples, rows, runs, segments]
   double* logvar_partials_;                  // likewise, of the gradient of logvar
-  View x_, mean_, logvar_, ll_, grad_ll_, grad_mean_, grad_x_, grad_logvar_;
+  View x_, mean_, logvar_, mask_, ll_, grad_ll_, grad_mean_, grad_x_, grad_logvar_;
 };
 
 void likelihood(const LikelihoodArgs& args, Pass pass, void* workspace, const Context& context);

@@ -12,11 +12,13 @@ using ElboOutput = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 template <class Device>
 ElboOutput elbo_forward(Tensor recon_x, Tensor x, OptionalTensor recon_logvar, double recon_logvar_value,
                         OptionalTensor mean, OptionalTensor logvar, OptionalTensor kl, OptionalTensor beta,
-                        double beta_value, int64_t reduction_code, bool want_grads) {
+                        double beta_value, int64_t reduction_code, bool want_grads, OptionalTensor mask, int64_t scale,
+                        double floor, double clamp_min, double clamp_max) {
   typename Device::Guard guard(recon_x);
   const auto reduction = static_cast<Reduction>(reduction_code);
   STD_TORCH_CHECK(kl.has_value() != (mean && logvar), "fused_elbo: give mean and logvar, or kl");
-  Likelihood<Device> call(x, recon_x, recon_logvar, recon_logvar_value, 1, Reduction::kSample);
+  Likelihood<Device> call(x, recon_x, recon_logvar, mask, recon_logvar_value, 1, Reduction::kSample,
+                          make_scale(scale, floor, clamp_min, clamp_max));
   const std::vector<int64_t> batch = {recon_x.size(0)};
   const ScalarType nats = accumulate_type(recon_x);
   Tensor ll = empty_dense(recon_x, batch, nats), kl_out = empty_dense(recon_x, batch, nats);
@@ -66,9 +68,10 @@ ElboOutput elbo_forward(Tensor recon_x, Tensor x, OptionalTensor recon_logvar, d
     args.latent.kl.row_stride = 1;
   }
   if (!fits) {
-    auto [loss_, ll_, kl_, grad_recon, grad_recon_logvar, dm, dl] = elbo_forward<Device>(
-        torch::stable::contiguous(recon_x), torch::stable::contiguous(x), contiguous(recon_logvar), recon_logvar_value,
-        contiguous(mean), contiguous(logvar), kl, beta, beta_value, reduction_code, want_grads);
+    auto [loss_, ll_, kl_, grad_recon, grad_recon_logvar, dm, dl] =
+        elbo_forward<Device>(torch::stable::contiguous(recon_x), torch::stable::contiguous(x), contiguous(recon_logvar),
+                             recon_logvar_value, contiguous(mean), contiguous(logvar), kl, beta, beta_value,
+                             reduction_code, want_grads, contiguous(mask), scale, floor, clamp_min, clamp_max);
     if (want_grads) grad_recon = with_layout_of(recon_x, grad_recon);
     if (want_grads && mean) {
       dm = with_layout_of(*mean, dm);

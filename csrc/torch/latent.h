@@ -8,19 +8,17 @@
 
 namespace fused_elbo {
 
-// A bound of the clamp from which on there is none: schemas have no literal for infinity.
-constexpr double kNoClamp = 1e300;
-
 struct LatentCall {
   std::vector<int64_t> full;  // [B, *event]
   OptionalTensor seed;
   int64_t seed_value, stream, row_offset, num_samples, chunk_dim;
-  double clamp_min, clamp_max;
+  Scale scale;
+  View mask;
   Reduction reduction;
 
-  LatentCall(const Tensor& mean, const OptionalTensor& logvar, const OptionalTensor& seed, int64_t seed_value,
-             int64_t stream, int64_t row_offset, int64_t num_samples, int64_t chunk_dim, double clamp_min,
-             double clamp_max, int64_t reduction)
+  LatentCall(const Tensor& mean, const OptionalTensor& logvar, const OptionalTensor& seed, const OptionalTensor& mask,
+             int64_t seed_value, int64_t stream, int64_t row_offset, int64_t num_samples, int64_t chunk_dim,
+             const Scale& scale, int64_t reduction)
       : full(sizes_of(mean)),
         seed(seed),
         seed_value(seed_value),
@@ -28,8 +26,7 @@ struct LatentCall {
         row_offset(row_offset),
         num_samples(num_samples),
         chunk_dim(chunk_dim),
-        clamp_min(clamp_min),
-        clamp_max(clamp_max),
+        scale(scale),
         reduction(static_cast<Reduction>(reduction)) {
     STD_TORCH_CHECK(!full.empty() && full.size() <= kMaxDims, "fused_elbo: mean must have 1 to 25 dimensions");
     if (logvar) {
@@ -39,6 +36,7 @@ struct LatentCall {
                       "fused_elbo: chunk_dim must be an event dimension of even size");
       full[chunk_dim] /= 2;
     }
+    this->mask = View::of_mask(mask, full);
   }
 
   void fill(LatentArgs& args, const Tensor& mean, const EventLayout& layout) const {
@@ -49,9 +47,11 @@ struct LatentCall {
     args.key.seed_value = seed_value;
     args.key.stream = static_cast<uint32_t>(stream);
     args.key.row_offset = row_offset;
-    args.clamp = clamp_min > -kNoClamp || clamp_max < kNoClamp;
-    args.clamp_min = clamp_min;
-    args.clamp_max = clamp_max;
+    args.scale = scale;
+    args.clamp = scale.kind == ScaleKind::kPlain && (scale.clamp_min > -kNoClamp || scale.clamp_max < kNoClamp);
+    args.clamp_min = scale.clamp_min;
+    args.clamp_max = scale.clamp_max;
+    args.mask = mask.operand(layout);
     args.reduction = reduction;
   }
 };
@@ -74,12 +74,13 @@ inline View sample_view(const Tensor& z, const LatentCall& call) {
 
 template <class Device>
 std::tuple<Tensor, Tensor> latent_forward(Tensor mean, OptionalTensor logvar, OptionalTensor prior_mean,
-                                          OptionalTensor prior_logvar, OptionalTensor seed, int64_t seed_value,
-                                          int64_t stream, int64_t row_offset, int64_t num_samples, int64_t chunk_dim,
-                                          double clamp_min, double clamp_max, bool want_z, int64_t reduction) {
+                                          OptionalTensor prior_logvar, OptionalTensor seed, OptionalTensor mask,
+                                          int64_t seed_value, int64_t stream, int64_t row_offset, int64_t num_samples,
+                                          int64_t chunk_dim, int64_t scale, double floor, double clamp_min,
+                                          double clamp_max, bool want_z, int64_t reduction) {
   typename Device::Guard guard(mean);
-  const LatentCall call(mean, logvar, seed, seed_value, stream, row_offset, num_samples, chunk_dim, clamp_min,
-                        clamp_max, reduction);
+  const LatentCall call(mean, logvar, seed, mask, seed_value, stream, row_offset, num_samples, chunk_dim,
+                        make_scale(scale, floor, clamp_min, clamp_max), reduction);
   const Halves in(mean, logvar, chunk_dim, call.full);
   const View prior_m(prior_mean, call.full), prior_l(prior_logvar, call.full);
 
@@ -100,11 +101,13 @@ std::tuple<Tensor, Tensor> latent_forward(Tensor mean, OptionalTensor logvar, Op
       call.full, 1,
       {&in.mean.strides, &in.logvar.strides, prior_m.data ? &prior_m.strides : &in.mean.strides,
        prior_l.data ? &prior_l.strides : &in.mean.strides, want_z ? &z_view.strides : &in.mean.strides,
-       call.reduction == Reduction::kNone ? &kl_view.strides : &in.mean.strides});
+       call.reduction == Reduction::kNone ? &kl_view.strides : &in.mean.strides,
+       mask ? &call.mask.strides : &in.mean.strides});
   if (!layout.fits()) {
-    auto [dense_z, dense_kl] = latent_forward<Device>(
-        torch::stable::contiguous(mean), contiguous(logvar), contiguous(prior_mean), contiguous(prior_logvar), seed,
-        seed_value, stream, row_offset, num_samples, chunk_dim, clamp_min, clamp_max, want_z, reduction);
+    auto [dense_z, dense_kl] =
+        latent_forward<Device>(torch::stable::contiguous(mean), contiguous(logvar), contiguous(prior_mean),
+                               contiguous(prior_logvar), seed, contiguous(mask), seed_value, stream, row_offset,
+                               num_samples, chunk_dim, scale, floor, clamp_min, clamp_max, want_z, reduction);
     if (want_z && num_samples == 0) dense_z = with_layout_of(half(), dense_z);
     return {dense_z, dense_kl};
   }
@@ -126,11 +129,12 @@ std::tuple<Tensor, Tensor> latent_forward(Tensor mean, OptionalTensor logvar, Op
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
     Tensor mean, OptionalTensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar, OptionalTensor grad_z,
-    OptionalTensor grad_kl, OptionalTensor seed, int64_t seed_value, int64_t stream, int64_t row_offset,
-    int64_t num_samples, int64_t chunk_dim, double clamp_min, double clamp_max, int64_t reduction, bool want_prior) {
+    OptionalTensor grad_kl, OptionalTensor seed, OptionalTensor mask, int64_t seed_value, int64_t stream,
+    int64_t row_offset, int64_t num_samples, int64_t chunk_dim, int64_t scale, double floor, double clamp_min,
+    double clamp_max, int64_t reduction, bool want_prior) {
   typename Device::Guard guard(mean);
-  const LatentCall call(mean, logvar, seed, seed_value, stream, row_offset, num_samples, chunk_dim, clamp_min,
-                        clamp_max, reduction);
+  const LatentCall call(mean, logvar, seed, mask, seed_value, stream, row_offset, num_samples, chunk_dim,
+                        make_scale(scale, floor, clamp_min, clamp_max), reduction);
   want_prior = want_prior && prior_mean;
   const Halves in(mean, logvar, chunk_dim, call.full);
   const View prior_m(prior_mean, call.full), prior_l(prior_logvar, call.full);
@@ -147,16 +151,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
   const View out_prior_logvar = want_prior ? View(grad_prior_logvar, call.full) : View();
 
   const Strides* any = &in.mean.strides;
-  const EventLayout layout(
-      call.full, 1,
-      {any, &in.logvar.strides, &out.mean.strides, &out.logvar.strides, prior_m.data ? &prior_m.strides : any,
-       prior_l.data ? &prior_l.strides : any, grad_z ? &grad_z_view.strides : any,
-       elementwise ? &grad_kl_view.strides : any, want_prior ? &out_prior.strides : any});
+  const EventLayout layout(call.full, 1,
+                           {any, &in.logvar.strides, &out.mean.strides, &out.logvar.strides,
+                            prior_m.data ? &prior_m.strides : any, prior_l.data ? &prior_l.strides : any,
+                            grad_z ? &grad_z_view.strides : any, elementwise ? &grad_kl_view.strides : any,
+                            want_prior ? &out_prior.strides : any, mask ? &call.mask.strides : any});
   if (!layout.fits()) {
     auto [dm, dl, dpm, dpl] = latent_backward<Device>(
         torch::stable::contiguous(mean), contiguous(logvar), contiguous(prior_mean), contiguous(prior_logvar),
-        contiguous(grad_z), elementwise ? contiguous(grad_kl) : grad_kl, seed, seed_value, stream, row_offset,
-        num_samples, chunk_dim, clamp_min, clamp_max, reduction, want_prior);
+        contiguous(grad_z), elementwise ? contiguous(grad_kl) : grad_kl, seed, contiguous(mask), seed_value, stream,
+        row_offset, num_samples, chunk_dim, scale, floor, clamp_min, clamp_max, reduction, want_prior);
     dm = with_layout_of(mean, dm);
     if (logvar) dl = with_layout_of(*logvar, dl);
     return {dm, dl, dpm, dpl};

@@ -42,9 +42,18 @@ inline Tensor reduce_to_logvar(const Tensor& partial, const Tensor& logvar) {
 template <class Device>
 class Likelihood {
  public:
-  Likelihood(const Tensor& x, const Tensor& mean, const OptionalTensor& logvar, double logvar_value, int batch_dims,
-             Reduction reduction)
-      : full_(sizes_of(mean)), logvar_(logvar), batch_dims_(batch_dims), reduction_(reduction), x_(x), mean_(mean) {
+  Likelihood(const Tensor& x, const Tensor& mean, const OptionalTensor& logvar, const OptionalTensor& mask,
+             double logvar_value, int batch_dims, Reduction reduction, const Scale& scale)
+      : full_(sizes_of(mean)),
+        logvar_(logvar),
+        batch_dims_(batch_dims),
+        reduction_(reduction),
+        x_(x),
+        mean_(mean),
+        mask_(View::of_mask(mask, full_)) {
+    STD_TORCH_CHECK(scale.kind == ScaleKind::kPlain || (logvar && sizes_of(*logvar) == full_),
+                    "fused_elbo: a scale other than logvar must have the shape of mean");
+    args.scale = scale;
     STD_TORCH_CHECK(batch_dims == 1 || batch_dims == 2, "fused_elbo: batch_dims must be 1 or 2");
     STD_TORCH_CHECK(full_.size() >= static_cast<size_t>(batch_dims) && full_.size() <= kMaxDims && sizes_of(x) == full_,
                     "fused_elbo: x and mean must have one shape, with up to 25 dimensions");
@@ -75,12 +84,13 @@ class Likelihood {
         full_, batch_dims_,
         {any, &x.strides, logvar_ ? &logvar.strides : any, nats_view.data ? &nats_view.strides : any,
          upstream_view.data ? &upstream_view.strides : any, grad_mean_view.data ? &grad_mean_view.strides : any,
-         want_logvar ? &dense : any});
+         want_logvar ? &dense : any, mask_.data ? &mask_.strides : any});
     if (!layout.fits()) return false;
     layout.describe(args.shape);
     args.x = x.operand(layout);
     args.mean = mean.operand(layout);
     args.logvar = logvar.operand(layout);
+    args.mask = mask_.operand(layout);
     args.ll = nats_operand(nats, reduction_, layout, full_, batch_dims_);
     args.ll_scale = batch_scale(reduction_, args.shape.samples * args.shape.rows);
     args.grad_ll = nats_operand(upstream, reduction_, layout, full_, batch_dims_);
@@ -125,18 +135,21 @@ class Likelihood {
   int batch_dims_;
   Reduction reduction_;
   Tensor x_, mean_;
+  View mask_;
 };
 
 template <class Device>
-Tensor likelihood_forward(Tensor x, Tensor mean, OptionalTensor logvar, double logvar_value, int64_t batch_dims,
-                          int64_t reduction) {
+Tensor likelihood_forward(Tensor x, Tensor mean, OptionalTensor logvar, OptionalTensor mask, double logvar_value,
+                          int64_t batch_dims, int64_t reduction, int64_t scale, double floor, double clamp_min,
+                          double clamp_max) {
   typename Device::Guard guard(mean);
-  Likelihood<Device> call(x, mean, logvar, logvar_value, static_cast<int>(batch_dims),
-                          static_cast<Reduction>(reduction));
+  Likelihood<Device> call(x, mean, logvar, mask, logvar_value, static_cast<int>(batch_dims),
+                          static_cast<Reduction>(reduction), make_scale(scale, floor, clamp_min, clamp_max));
   Tensor ll = nats_like(mean, sizes_of(mean), static_cast<int>(batch_dims), static_cast<Reduction>(reduction));
   if (!call.prepare(ll, std::nullopt, false, false)) {
     return likelihood_forward<Device>(torch::stable::contiguous(x), torch::stable::contiguous(mean), contiguous(logvar),
-                                      logvar_value, batch_dims, reduction);
+                                      contiguous(mask), logvar_value, batch_dims, reduction, scale, floor, clamp_min,
+                                      clamp_max);
   }
   const Workspace scratch(mean, Device::likelihood_workspace(call.args, Pass::kForward));
   Device::likelihood(call.args, Pass::kForward, scratch.data(), Device::context(mean));
@@ -144,17 +157,19 @@ Tensor likelihood_forward(Tensor x, Tensor mean, OptionalTensor logvar, double l
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> likelihood_backward(Tensor x, Tensor mean, OptionalTensor logvar, double logvar_value,
-                                               int64_t batch_dims, int64_t reduction, Tensor grad, bool want_mean,
-                                               bool want_logvar) {
+std::tuple<Tensor, Tensor> likelihood_backward(Tensor x, Tensor mean, OptionalTensor logvar, Tensor grad,
+                                               bool want_mean, bool want_logvar, OptionalTensor mask,
+                                               double logvar_value, int64_t batch_dims, int64_t reduction,
+                                               int64_t scale, double floor, double clamp_min, double clamp_max) {
   typename Device::Guard guard(mean);
-  Likelihood<Device> call(x, mean, logvar, logvar_value, static_cast<int>(batch_dims),
-                          static_cast<Reduction>(reduction));
+  Likelihood<Device> call(x, mean, logvar, mask, logvar_value, static_cast<int>(batch_dims),
+                          static_cast<Reduction>(reduction), make_scale(scale, floor, clamp_min, clamp_max));
   if (!call.prepare(std::nullopt, grad, want_mean, want_logvar)) {
     const bool elementwise = static_cast<Reduction>(reduction) == Reduction::kNone;
     auto [grad_mean, grad_logvar] = likelihood_backward<Device>(
-        torch::stable::contiguous(x), torch::stable::contiguous(mean), contiguous(logvar), logvar_value, batch_dims,
-        reduction, elementwise ? torch::stable::contiguous(grad) : grad, want_mean, want_logvar);
+        torch::stable::contiguous(x), torch::stable::contiguous(mean), contiguous(logvar),
+        elementwise ? torch::stable::contiguous(grad) : grad, want_mean, want_logvar, contiguous(mask), logvar_value,
+        batch_dims, reduction, scale, floor, clamp_min, clamp_max);
     if (want_mean) grad_mean = with_layout_of(mean, grad_mean);
     return {grad_mean, grad_logvar};
   }

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -109,6 +110,15 @@ struct View {
   View(const OptionalTensor& tensor, const std::vector<int64_t>& full) {
     if (tensor) *this = View(*tensor, full);
   }
+  // A mask: its dtype is none that kernels compute in.
+  static View of_mask(const OptionalTensor& mask, const std::vector<int64_t>& full) {
+    View view;
+    if (!mask) return view;
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "fused_elbo: mask must be a bool tensor");
+    view.data = mask->data_ptr();
+    view.strides = broadcast_strides(mask->sizes().data(), mask->strides().data(), mask->dim(), full);
+    return view;
+  }
 
   Operand operand(const EventLayout& layout) const {
     Operand result;
@@ -156,6 +166,23 @@ inline Operand nats_operand(const OptionalTensor& nats, Reduction reduction, con
     if (batch_dims == 2) result.sample_stride = full[0] == 1 ? 0 : nats->stride(0);
   }
   return result;
+}
+
+// A bound of the clamp from which on there is none: schemas have no literal for infinity.
+constexpr double kNoClamp = 1e300;
+
+// The scale arguments of a call as kernels take them.
+inline Scale make_scale(int64_t code, double floor, double clamp_min, double clamp_max) {
+  constexpr int64_t kSoft = 8;
+  STD_TORCH_CHECK(code == 0 || ((code & ~kSoft) >= 1 && (code & ~kSoft) <= 4), "fused_elbo: no such scale");
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  Scale scale;
+  scale.kind = static_cast<ScaleKind>(code & ~kSoft);
+  scale.soft_clamp = (code & kSoft) != 0;
+  scale.floor = floor;
+  scale.clamp_min = clamp_min > -kNoClamp ? clamp_min : -kInfinity;
+  scale.clamp_max = clamp_max < kNoClamp ? clamp_max : kInfinity;
+  return scale;
 }
 
 // What a mean over the batch multiplies the sum with. Infinite for an empty batch: 0 * inf is NaN, as torch's mean.

@@ -54,7 +54,10 @@ def broadcastable(
     function: str, name: str, value: object, other_name: str, other: Tensor
 ) -> Tensor:
     """A tensor that broadcasts to another's shape without enlarging it."""
-    value = tensor(function, name, value)
+    return _fitting(function, name, tensor(function, name, value), other_name, other)
+
+
+def _fitting(function: str, name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
     fits = value.dim() <= other.dim() and all(
         a == b or a == 1 for a, b in zip(reversed(value.shape), reversed(other.shape))
     )
@@ -65,6 +68,18 @@ def broadcastable(
         )
     same_device(function, name, value, other_name, other)
     return value
+
+
+def mask(function: str, value: object, other_name: str, other: Tensor) -> Tensor:
+    """A mask as a view of the shape of another tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: mask must be a tensor, got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise TypeError(
+            f"{function}: mask must be a bool tensor, True where an element counts, "
+            f"got {_dtype_name(value.dtype)}"
+        )
+    return _fitting(function, "mask", value, other_name, other).expand(other.shape)
 
 
 def reduction(function: str, value: object, allowed: tuple[str, ...] = tuple(REDUCTIONS)) -> int:

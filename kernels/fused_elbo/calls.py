@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .noise import NoiseKey
+from .parametrization import PLAIN_SCALE, ScaleParams
 from .schemas import OFF, REDUCTIONS, SAMPLE, halves
 
 REDUCTION_NAMES = {code: name for name, code in REDUCTIONS.items()}
@@ -59,10 +60,16 @@ class LatentParams(NamedTuple):
     row_offset: int = 0
     num_samples: int = 0
     chunk_dim: int = -1
+    scale: int = 0
+    floor: float = 0.0
     clamp_min: float = -math.inf
     clamp_max: float = math.inf
     want_z: bool = True
     reduction: int = SAMPLE
+
+    @property
+    def parametrization(self) -> ScaleParams:
+        return ScaleParams(*self[5:9])
 
 
 # The parameters after seed_value of the commonest call, which the schemas have as defaults.
@@ -77,11 +84,12 @@ def latent_forward_raw(
     prior_mean: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """z and KL from the kernels, without gradients."""
     if params[1:] == _COMMON:
-        return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, params[0])
-    return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, *params)
+        return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, mask, params[0])
+    return kernels.latent_forward(mean, logvar, prior_mean, prior_logvar, seed, mask, *params)
 
 
 def latent_backward_raw(
@@ -93,12 +101,12 @@ def latent_backward_raw(
     want_prior: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of a call; ``inputs`` are the tensors that its forward pass was given."""
-    mean, logvar, prior_mean, prior_logvar, seed = inputs
+    mean, logvar, prior_mean, prior_logvar, seed, mask = inputs
     if params[1:] == _COMMON and not want_prior:
         return kernels.latent_backward(
-            mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, params[0]
+            mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, mask, params[0]
         )
-    *noise_and_clamp, want_z, reduction = params
+    *noise_and_scale, want_z, reduction = params
     return kernels.latent_backward(
         mean,
         logvar,
@@ -107,7 +115,8 @@ def latent_backward_raw(
         grad_z if want_z else None,
         grad_kl if reduction != OFF else None,
         seed,
-        *noise_and_clamp,
+        mask,
+        *noise_and_scale,
         reduction,
         want_prior,
     )
@@ -121,6 +130,7 @@ def latent_plain(
     prior_mean: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What the kernels compute, in differentiable PyTorch."""
     mean, log_variance = halves(mean, logvar, params.chunk_dim)
@@ -131,8 +141,9 @@ def latent_plain(
         prior_mean,
         prior_logvar,
         eps,
-        (params.clamp_min, params.clamp_max),
+        params.parametrization,
         REDUCTION_NAMES.get(params.reduction),
+        mask,
     )
     return mean.new_empty(0) if z is None else z, mean.new_empty(0) if kl is None else kl
 
@@ -145,7 +156,7 @@ def latent_backward_plain(
     grad_kl: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """What `latent_backward` computes, in differentiable PyTorch."""
-    mean, logvar, prior_mean, prior_logvar, seed = inputs
+    mean, logvar, prior_mean, prior_logvar, seed, mask = inputs
     half, log_variance = halves(mean, logvar, params.chunk_dim)
     grad_mean, grad_logvar, *grad_priors = reference.sample_and_kl_backward(
         half,
@@ -153,10 +164,11 @@ def latent_backward_plain(
         prior_mean,
         prior_logvar,
         _noise(kernels, params, half, seed) if params.want_z and grad_z is not None else None,
-        (params.clamp_min, params.clamp_max),
+        params.parametrization,
         REDUCTION_NAMES.get(params.reduction),
         grad_z if params.want_z else None,
         grad_kl,
+        mask,
     )
     empty = mean.new_empty(0)
     priors = tuple(empty if g is None else g for g in grad_priors)
@@ -177,10 +189,8 @@ def _noise(
     zeros = torch.zeros(
         (), dtype=reference.accumulate_dtype(mean.dtype), device=mean.device
     ).expand(mean.shape)
-    only_z = params._replace(
-        chunk_dim=-1, clamp_min=-math.inf, clamp_max=math.inf, want_z=True, reduction=OFF
-    )
-    return kernels.latent_forward(zeros, zeros, None, None, seed, *only_z)[0]
+    only_z = LatentParams(*params[:4], want_z=True, reduction=OFF)
+    return kernels.latent_forward(zeros, zeros, None, None, seed, None, *only_z)[0]
 
 
 # likelihood
@@ -189,13 +199,29 @@ def _noise(
 class LikelihoodParams(NamedTuple):
     """The arguments of `likelihood_forward` that are not tensors, in its order."""
 
-    logvar_value: float
-    batch_dims: int
-    reduction: int
+    logvar_value: float = 0.0
+    batch_dims: int = 1
+    reduction: int = SAMPLE
+    scale: int = 0
+    floor: float = 0.0
+    clamp_min: float = -math.inf
+    clamp_max: float = math.inf
+
+    @property
+    def parametrization(self) -> ScaleParams:
+        return ScaleParams(*self[3:])
+
+    def raw(self) -> tuple[Any, ...]:
+        """As the raw operations take them: what they have as defaults costs nothing left out."""
+        return self[:3] if self[3:] == PLAIN_SCALE else self
 
 
 def likelihood_plain(
-    params: LikelihoodParams, x: Tensor, mean: Tensor, logvar: Tensor | None
+    params: LikelihoodParams,
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     return reference.log_likelihood(
         x,
@@ -203,11 +229,46 @@ def likelihood_plain(
         params.logvar_value if logvar is None else logvar,
         params.batch_dims,
         REDUCTION_NAMES[params.reduction],
+        params.parametrization,
+        mask,
+    )
+
+
+def likelihood_backward_raw(
+    kernels: Kernels,
+    params: LikelihoodParams,
+    inputs: tuple[Any, ...],
+    grad: Tensor,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients for x, mean and logvar that are wanted."""
+    x, mean, logvar, mask = inputs
+    want_x, want_mean, want_logvar = wanted
+    grad_mean, grad_logvar = kernels.likelihood_backward(
+        x, mean, logvar, grad, want_x or want_mean, want_logvar, mask, *params.raw()
+    )
+    return likelihood_gradients(grad_mean, grad_logvar, wanted)
+
+
+def likelihood_gradients(
+    grad_mean: Tensor, grad_logvar: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those for x, mean and logvar; that for x is minus that for mean."""
+    want_x, want_mean, want_logvar = wanted
+    return (
+        -grad_mean if want_x else None,
+        grad_mean if want_mean else None,
+        grad_logvar if want_logvar else None,
     )
 
 
 def likelihood_backward_plain(
-    params: LikelihoodParams, x: Tensor, mean: Tensor, logvar: Tensor | None, grad: Tensor
+    params: LikelihoodParams,
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor | None,
+    mask: Tensor | None,
+    grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
     grad_mean, grad_logvar = reference.log_likelihood_backward(
         x,
@@ -216,6 +277,8 @@ def likelihood_backward_plain(
         params.batch_dims,
         REDUCTION_NAMES[params.reduction],
         grad,
+        params.parametrization,
+        mask,
     )
     return grad_mean, mean.new_empty(0) if logvar is None else grad_logvar
 
@@ -234,16 +297,21 @@ class ELBOInputs(NamedTuple):
     logvar: Tensor | None
     kl: Tensor | None
     beta: Tensor | None
+    mask: Tensor | None = None
 
 
 class ELBOParams(NamedTuple):
+    """What of `elbo_forward` is no tensor; the scale is the decoder's."""
+
     recon_logvar_value: float
     beta_value: float
     reduction: int
+    scale: ScaleParams = PLAIN_SCALE
 
 
-def elbo_arguments(inputs: ELBOInputs, params: ELBOParams) -> tuple[Any, ...]:
-    recon_x, x, recon_logvar, mean, logvar, kl, beta = inputs
+def elbo_arguments(inputs: ELBOInputs, params: ELBOParams, want_grads: bool) -> tuple[Any, ...]:
+    recon_x, x, recon_logvar, mean, logvar, kl, beta, mask = inputs
+    masked_or_scaled = mask is not None or params.scale != PLAIN_SCALE
     return (
         recon_x,
         x,
@@ -255,6 +323,8 @@ def elbo_arguments(inputs: ELBOInputs, params: ELBOParams) -> tuple[Any, ...]:
         beta,
         params.beta_value,
         params.reduction,
+        want_grads,
+        *((mask, *params.scale) if masked_or_scaled else ()),
     )
 
 
@@ -318,7 +388,7 @@ def elbo_backward_plain(
     inputs: ELBOInputs, params: ELBOParams, grad_loss: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the loss in differentiable PyTorch."""
-    recon_x, x, recon_logvar, mean, logvar, kl, _ = inputs
+    recon_x, x, recon_logvar, mean, logvar, kl, _, mask = inputs
     batch = recon_x.shape[:1]
     grad_ll = -reference.spread(grad_loss, batch, REDUCTION_NAMES[params.reduction])
     grad_recon, grad_recon_logvar = reference.log_likelihood_backward(
@@ -328,12 +398,14 @@ def elbo_backward_plain(
         1,
         "sample",
         grad_ll,
+        params.scale,
+        mask,
     )
     grad_kl = _elbo_kl_gradient(inputs, params, grad_loss)
     grad_mean = grad_logvar = None
     if mean is not None and logvar is not None:
         grad_mean, grad_logvar, _, _ = reference.sample_and_kl_backward(
-            mean, logvar, None, None, None, (-math.inf, math.inf), "sample", None, grad_kl
+            mean, logvar, None, None, None, PLAIN_SCALE, "sample", None, grad_kl
         )
     return (
         grad_recon,

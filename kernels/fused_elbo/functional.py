@@ -7,39 +7,29 @@ overflow.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import _checks, backends, ops
 from .noise import NoiseKey, _signed64
+from .parametrization import (
+    PLAIN_SCALE,
+    Parametrization,
+    ScaleParams,
+    parametrization,
+    scale_params,
+)
+from .reference import accumulate_dtype, to_logvar
 from .schemas import OFF, SAMPLE
 
 __all__ = [
-    "ELBOOutput",
-    "elbo_loss",
     "gaussian_kl",
     "gaussian_log_likelihood",
     "reparameterize",
     "reparameterize_kl",
 ]
 
-_INFINITY = math.inf
 _COMMON_PARAMS = ops.LatentParams()
-
-
-class ELBOOutput(NamedTuple):
-    """What `elbo_loss` returns.
-
-    ``loss`` carries the gradient; ``log_likelihood`` and ``kl`` are per sample, ``[B]``, in nats,
-    and detached.
-    """
-
-    loss: Tensor
-    log_likelihood: Tensor
-    kl: Tensor
 
 
 def reparameterize_kl(
@@ -51,6 +41,8 @@ def reparameterize_kl(
     num_samples: int | None = None,
     key: NoiseKey | None = None,
     generator: torch.Generator | None = None,
+    param: str | Parametrization = "logvar",
+    mask: Tensor | None = None,
     reduction: str = "sample",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -71,6 +63,10 @@ def reparameterize_kl(
         key: the noise to draw. Default: one seed drawn from ``generator``.
         generator: default: torch's generator of the device, so that ``torch.manual_seed``
             reproduces.
+        param: what ``logvar`` and ``prior_logvar`` hold: ``"logvar"``, ``"logstd"``,
+            ``"softplus_std"``, ``"var"``, or a `Parametrization` with a floor or a clamp.
+        mask: bool, broadcasts to the shape of ``mean``. Where it is False z is 0, the KL is 0 and
+            no gradient flows, even if an input holds NaN there. Means are over the whole batch.
         reduction: of the KL: ``"sample"`` (``[B]``), ``"none"`` (``[B, *event]``), ``"batchmean"``
             (sum over events, mean over the batch) or ``"sum"``.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: by device.
@@ -89,7 +85,7 @@ def reparameterize_kl(
         kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).flatten(1).sum(1)
     """
     name = "reparameterize_kl"
-    z, kl = _latent(
+    z, kl = latent_call(
         name,
         mean,
         logvar,
@@ -101,6 +97,8 @@ def reparameterize_kl(
         True,
         _checks.reduction(name, reduction),
         backend,
+        param,
+        mask,
     )
     return z, kl
 
@@ -112,6 +110,8 @@ def reparameterize(
     num_samples: int | None = None,
     key: NoiseKey | None = None,
     generator: torch.Generator | None = None,
+    param: str | Parametrization = "logvar",
+    mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A sample ``z = mean + exp(logvar / 2) * eps`` (arXiv 1312.6114); the first half of
@@ -123,8 +123,20 @@ def reparameterize(
 
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
     """
-    return _latent(
-        "reparameterize", mean, logvar, None, None, num_samples, key, generator, True, OFF, backend
+    return latent_call(
+        "reparameterize",
+        mean,
+        logvar,
+        None,
+        None,
+        num_samples,
+        key,
+        generator,
+        True,
+        OFF,
+        backend,
+        param,
+        mask,
     )[0]
 
 
@@ -134,6 +146,8 @@ def gaussian_kl(
     prior_mean: Tensor | None = None,
     prior_logvar: Tensor | None = None,
     *,
+    param: str | Parametrization = "logvar",
+    mask: Tensor | None = None,
     reduction: str = "sample",
     backend: str | None = None,
 ) -> Tensor:
@@ -146,7 +160,7 @@ def gaussian_kl(
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
     """
     name = "gaussian_kl"
-    return _latent(
+    return latent_call(
         name,
         mean,
         logvar,
@@ -158,6 +172,8 @@ def gaussian_kl(
         False,
         _checks.reduction(name, reduction),
         backend,
+        param,
+        mask,
     )[1]
 
 
@@ -166,6 +182,8 @@ def gaussian_log_likelihood(
     mean: Tensor,
     logvar: Tensor | float | None = None,
     *,
+    param: str | Parametrization = "logvar",
+    mask: Tensor | None = None,
     reduction: str = "sample",
     backend: str | None = None,
 ) -> Tensor:
@@ -179,6 +197,10 @@ def gaussian_log_likelihood(
             does.
         logvar: None (unit variance), a number, a 0-dim tensor (one learned variance), or any shape
             that broadcasts to that of ``mean``: per channel ``[C, 1, 1]``, per pixel, or full.
+        param: what ``logvar`` holds, as in `reparameterize_kl`. Only a full one is converted in the
+            kernel; a smaller one before it, in PyTorch.
+        mask: bool, broadcasts to the shape of ``mean``. Where it is False the log-likelihood is 0
+            and no gradient flows, even if an input holds NaN there.
         reduction: ``"sample"`` (``[B]``, or ``[K, B]``), ``"none"``, ``"batchmean"`` or ``"sum"``.
         backend: as in `reparameterize_kl`.
 
@@ -211,126 +233,21 @@ def gaussian_log_likelihood(
     else:
         batch_dims = 1
     _checks.same_device(name, "x", x, "mean", mean)
-    logvar_tensor, logvar_value = _variance(name, "logvar", logvar, "mean", mean)
+    scale = PLAIN_SCALE
+    if param != "logvar":
+        scale = scale_params(parametrization(name, "param", param), True)
+    logvar_tensor, logvar_value, scale = variance_of(name, "logvar", logvar, "mean", mean, scale)
+    if mask is not None:
+        mask = _checks.mask(name, mask, "mean", mean)
     if x.dtype != mean.dtype:
         dtype = _checks.common_dtype(x, mean)
         x, mean = x.to(dtype), mean.to(dtype)
     kernels = backends.select(mean.device.type, backend)
-    return ops.likelihood(
-        kernels, x, mean, logvar_tensor, ops.LikelihoodParams(logvar_value, batch_dims, code)
-    )
+    params = ops.LikelihoodParams(logvar_value, batch_dims, code, *scale)
+    return ops.likelihood(kernels, x, mean, logvar_tensor, params, mask)
 
 
-def elbo_loss(
-    recon_x: Tensor,
-    x: Tensor,
-    mean: Tensor | None = None,
-    logvar: Tensor | None = None,
-    *,
-    kl: Tensor | None = None,
-    recon_logvar: Tensor | float | None = None,
-    beta: Tensor | float = 1.0,
-    reduction: str = "batchmean",
-    backend: str | None = None,
-) -> ELBOOutput:
-    """The negative evidence lower bound of a VAE with a Gaussian decoder, with every gradient from
-    the same pass.
-
-    ``loss = -(log_likelihood - beta * kl)`` with ``log_likelihood = log N(x; recon_x,
-    exp(recon_logvar))`` and ``kl = KL(N(mean, exp(logvar)) || N(0, I))``, both in nats and summed
-    over their events (arXiv 1312.6114; beta: Higgins et al., ICLR 2017). With unit variance the
-    loss is half the summed squared error plus the KL plus the constant ``N/2 * ln(2 pi)`` per
-    sample: minimizing MSE is maximizing a Gaussian likelihood.
-
-    Args:
-        recon_x, x: the decoder's mean and the data, ``[B, *event]``. Different dtypes are promoted
-            as torch does.
-        mean, logvar: the posterior, ``[B, *latent]``, or
-        kl: the KL per sample, ``[B]``, that `reparameterize_kl` has returned, instead of mean and
-            logvar.
-        recon_logvar: the decoder's log-variance, as ``logvar`` in `gaussian_log_likelihood`.
-        beta: weight of the KL: a number, or a 0-dim tensor (read on the device; it gets no
-            gradient).
-        reduction: ``"batchmean"`` (mean over the batch), ``"sum"`` or ``"sample"`` (``[B]``).
-        backend: as in `reparameterize_kl`.
-
-    Returns:
-        `ELBOOutput` ``(loss, log_likelihood, kl)``; the last two are ``[B]`` and detached.
-        Gradients of the loss flow to recon_x, x, recon_logvar, mean, logvar and kl. When gradients
-        are wanted they are computed in the forward
-        pass and held until backward: one buffer the size of recon_x, and those of mean and logvar.
-
-    Raises:
-        TypeError, ValueError: before anything runs, naming the argument. RuntimeError: the backend
-            cannot run.
-
-    Equivalent to::
-
-        log_likelihood = -0.5 * ((recon_x - x).square() + math.log(2 * math.pi)).flatten(1).sum(1)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
-        loss = (beta * kl - log_likelihood).mean()
-    """
-    name = "elbo_loss"
-    code = _checks.reduction(name, reduction, ("batchmean", "sum", "sample"))
-    recon_x = _checks.batched(name, "recon_x", recon_x)
-    x = _checks.like(name, "x", x, "recon_x", recon_x)
-    batch = recon_x.shape[0]
-    if kl is not None:
-        if mean is not None or logvar is not None:
-            raise ValueError(f"{name}: give either mean and logvar, or kl, not both")
-        kl = _checks.tensor(name, "kl", kl)
-        if kl.shape != recon_x.shape[:1]:
-            raise ValueError(
-                f"{name}: kl must have shape ({batch},), "
-                f"one value per sample as reduction='sample' gives, "
-                f"got {tuple(kl.shape)}"
-            )
-        _checks.same_device(name, "kl", kl, "recon_x", recon_x)
-    else:
-        if mean is None or logvar is None:
-            raise ValueError(f"{name}: give mean and logvar, or kl")
-        mean = _checks.batched(name, "mean", mean)
-        if mean.shape[0] != batch:
-            raise ValueError(
-                f"{name}: mean must have batch size {batch} like recon_x, got {mean.shape[0]}"
-            )
-        _checks.same_device(name, "mean", mean, "recon_x", recon_x)
-        logvar = _checks.like(name, "logvar", logvar, "mean", mean)
-    variance, variance_value = _variance(name, "recon_logvar", recon_logvar, "recon_x", recon_x)
-    beta_tensor, beta_value = None, 1.0
-    if isinstance(beta, Tensor):
-        if beta.dim() != 0:
-            raise ValueError(
-                f"{name}: beta must be a number or a 0-dim tensor, got shape {tuple(beta.shape)}"
-            )
-        _checks.same_device(name, "beta", _checks.tensor(name, "beta", beta), "recon_x", recon_x)
-        beta_tensor = beta.detach()
-    else:
-        beta_value = _checks.number(name, "beta", beta)
-
-    dtype = _checks.common_dtype(recon_x, x)
-    latent_dtype = dtype if mean is None else _checks.common_dtype(mean, logvar)
-    if torch.float64 in (dtype, latent_dtype):  # one dtype for everything in nats
-        dtype = latent_dtype = torch.float64
-    nats = torch.float64 if dtype == torch.float64 else torch.float32
-    if torch.compiler.is_compiling() and beta_value != 1.0:
-        # Numbers are constants of a graph, so that annealing one would compile at every step; only
-        # one that multiplies a tensor may change.
-        beta_tensor, beta_value = recon_x.new_ones((), dtype=nats) * beta_value, 1.0
-    inputs = ops.ELBOInputs(
-        recon_x.to(dtype),
-        x.to(dtype),
-        variance,
-        None if mean is None else mean.to(latent_dtype),
-        None if logvar is None else logvar.to(latent_dtype),
-        None if kl is None else kl.to(nats),
-        None if beta_tensor is None else beta_tensor.to(nats),
-    )
-    kernels = backends.select(recon_x.device.type, backend)
-    return ELBOOutput(*ops.elbo(kernels, inputs, ops.ELBOParams(variance_value, beta_value, code)))
-
-
-def _latent(
+def latent_call(
     name: str,
     mean: Tensor,
     logvar: Tensor,
@@ -342,10 +259,23 @@ def _latent(
     want_z: bool,
     reduction: int,
     backend: str | None,
+    param: str | Parametrization,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """z and KL of a call, each if wanted, after its arguments have been checked."""
     mean = _checks.batched(name, "mean", mean)
     logvar = _checks.like(name, "logvar", logvar, "mean", mean)
-    if prior_mean is not None or prior_logvar is not None:
+    has_prior = prior_mean is not None or prior_logvar is not None
+    scale = PLAIN_SCALE
+    if param != "logvar":
+        scale = scale_params(parametrization(name, "param", param), has_prior)
+        if has_prior and prior_logvar is None and scale != PLAIN_SCALE:
+            raise ValueError(
+                f'{name}: prior_logvar must be given with prior_mean when param is not "logvar"'
+            )
+    if mask is not None:
+        mask = _checks.mask(name, mask, "mean", mean)
+    if has_prior:
         prior_mean, prior_logvar = broadcast_prior(name, prior_mean, prior_logvar, mean)
         dtype = _checks.common_dtype(mean, logvar, prior_mean, prior_logvar)
         prior_mean, prior_logvar = prior_mean.to(dtype), prior_logvar.to(dtype)
@@ -354,19 +284,22 @@ def _latent(
         dtype = torch.promote_types(mean.dtype, logvar.dtype)
         mean, logvar = mean.to(dtype), logvar.to(dtype)
     kernels = backends.select(mean.device.type, backend)
-    if num_samples is None and key is None and want_z and reduction == SAMPLE:
-        # The commonest call; a NamedTuple of nine costs as much as a check.
+    if num_samples is None and key is None and want_z and reduction == SAMPLE and not scale.code:
+        # The commonest call; a NamedTuple of eleven costs as much as a check.
+        params = _COMMON_PARAMS
+        if scale is not PLAIN_SCALE:
+            params = ops.LatentParams(clamp_min=scale.clamp_min, clamp_max=scale.clamp_max)
         seed, _, _, _ = resolve_noise(name, key, generator, mean.device)
-        return ops.latent(kernels, mean, logvar, prior_mean, prior_logvar, seed, _COMMON_PARAMS)
+        return ops.latent(kernels, mean, logvar, prior_mean, prior_logvar, seed, params, mask)
     samples = _checks.num_samples(name, num_samples)
     if want_z:
         seed, seed_value, stream, row_offset = resolve_noise(name, key, generator, mean.device)
     else:
         seed, seed_value, stream, row_offset = None, 0, 0, 0
     params = ops.LatentParams(
-        seed_value, stream, row_offset, samples, -1, -_INFINITY, _INFINITY, want_z, reduction
+        seed_value, stream, row_offset, samples, -1, *scale, want_z, reduction
     )
-    return ops.latent(kernels, mean, logvar, prior_mean, prior_logvar, seed, params)
+    return ops.latent(kernels, mean, logvar, prior_mean, prior_logvar, seed, params, mask)
 
 
 def resolve_noise(
@@ -403,12 +336,28 @@ def broadcast_prior(
     return parameters[0], parameters[1]
 
 
-def _variance(
-    name: str, label: str, logvar: Tensor | float | None, other_name: str, other: Tensor
-) -> tuple[Tensor | None, float]:
-    """A variance as a tensor to broadcast, or as a number."""
+def variance_of(
+    name: str,
+    label: str,
+    logvar: Tensor | float | None,
+    other_name: str,
+    other: Tensor,
+    scale: ScaleParams,
+) -> tuple[Tensor | None, float, ScaleParams]:
+    """A variance as a tensor to broadcast, or as a number, and what the kernel is to convert: a
+    parameter per element. Others are converted here, where they are small."""
     if logvar is None:
-        return None, 0.0
-    if isinstance(logvar, Tensor):
-        return _checks.broadcastable(name, label, logvar, other_name, other), 0.0
-    return None, _checks.number(name, label, logvar)
+        return None, 0.0, PLAIN_SCALE
+    if not isinstance(logvar, Tensor):
+        number = _checks.number(name, label, logvar)
+        if scale == PLAIN_SCALE:
+            return None, number, scale
+        logvar = torch.full((), number, dtype=torch.float64, device=other.device)
+        return to_logvar(logvar, scale).to(accumulate_dtype(other.dtype)), 0.0, PLAIN_SCALE
+    logvar = _checks.broadcastable(name, label, logvar, other_name, other)
+    if scale == PLAIN_SCALE:
+        return logvar, 0.0, scale
+    if logvar.numel() == other.numel() and other.dim() > 0:
+        return logvar.expand(other.shape), 0.0, scale
+    wide = logvar.to(accumulate_dtype(torch.promote_types(logvar.dtype, other.dtype)))
+    return to_logvar(wide, scale), 0.0, PLAIN_SCALE

@@ -3,19 +3,25 @@ them."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import _checks, backends, ops
 from .functional import broadcast_prior, gaussian_log_likelihood, resolve_noise
 from .noise import NoiseKey
+from .parametrization import (
+    PLAIN,
+    PLAIN_SCALE,
+    Parametrization,
+    parametrization,
+    scale_params,
+)
+from .reference import accumulate_dtype, to_logvar
 from .schemas import OFF, halves
 
 __all__ = ["DiagonalGaussian"]
 
-_NO_CLAMP = (-math.inf, math.inf)
+_DEFAULT_CLAMP = (-30.0, 20.0)
 
 
 class DiagonalGaussian:
@@ -23,26 +29,33 @@ class DiagonalGaussian:
 
     ``DiagonalGaussian(mean, logvar)`` takes two tensors of one shape. `from_moments` takes one
     tensor that holds both, reads it in place whatever its strides, and gives it one gradient,
-    written once in its own layout.
+    written once in its own layout. ``param`` says what is given in the place of logvar, as in
+    `reparameterize_kl`; the properties ``logvar``, ``std`` and ``var`` are what it stands for.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
 
-    __slots__ = ("_chunk_dim", "_clamp", "_logvar", "_source")
+    __slots__ = ("_chunk_dim", "_logvar", "_param", "_source")
 
-    def __init__(self, mean: Tensor, logvar: Tensor) -> None:
+    def __init__(
+        self, mean: Tensor, logvar: Tensor, param: str | Parametrization = "logvar"
+    ) -> None:
         mean = _checks.batched("DiagonalGaussian", "mean", mean)
         logvar = _checks.like("DiagonalGaussian", "logvar", logvar, "mean", mean)
         dtype = _checks.common_dtype(mean, logvar)
         self._source: Tensor = mean.to(dtype)
         self._logvar: Tensor | None = logvar.to(dtype)
         self._chunk_dim = -1
-        self._clamp: tuple[float, float] = _NO_CLAMP
+        self._param = parametrization("DiagonalGaussian", "param", param)
 
     @classmethod
     def from_moments(
-        cls, moments: Tensor, dim: int = 1, clamp: tuple[float, float] | None = (-30.0, 20.0)
+        cls,
+        moments: Tensor,
+        dim: int = 1,
+        clamp: tuple[float, float] | None = _DEFAULT_CLAMP,
+        param: str | Parametrization = "logvar",
     ) -> DiagonalGaussian:
         """The Gaussian whose ``mean, logvar = moments.chunk(2, dim)``.
 
@@ -51,7 +64,8 @@ class DiagonalGaussian:
                 layout.
             dim: the dimension that holds both halves; not the batch dimension.
             clamp: logvar is clamped to this range, with zero gradient outside, as `torch.clamp`
-                does; None: no clamp.
+                does; None: no clamp. For logvar alone: another ``param`` brings its own clamp.
+            param: what the second half holds.
 
         Raises:
             TypeError, ValueError: not a floating-point tensor, an odd size, a dim out of range, an
@@ -81,9 +95,17 @@ class DiagonalGaussian:
             )
         if clamp is not None and not clamp[0] <= clamp[1]:
             raise ValueError(f"{name}: clamp must be (low, high) with low <= high, got {clamp!r}")
+        given = parametrization(name, "param", param)
+        if param == "logvar":
+            given = Parametrization(clamp=clamp)
+        elif clamp is not None and clamp is not _DEFAULT_CLAMP:
+            raise ValueError(
+                f"{name}: give the clamp of {given.name} in "
+                f'param=Parametrization("{given.name}", clamp=...), not as clamp={clamp!r}'
+            )
         self = cls.__new__(cls)
         self._source, self._logvar, self._chunk_dim = moments, None, dim
-        self._clamp = _NO_CLAMP if clamp is None else (float(clamp[0]), float(clamp[1]))
+        self._param = given
         return self
 
     @property
@@ -92,8 +114,12 @@ class DiagonalGaussian:
 
     @property
     def logvar(self) -> Tensor:
-        logvar = halves(self._source, self._logvar, self._chunk_dim)[1]
-        return logvar if self._clamp == _NO_CLAMP else logvar.clamp(*self._clamp)
+        parameter = halves(self._source, self._logvar, self._chunk_dim)[1]
+        name, floor, clamp, soft = self._param
+        if name == "logvar" and floor == 0 and not soft:
+            return parameter if clamp is None else parameter.clamp(*clamp)
+        wide = parameter.to(accumulate_dtype(parameter.dtype))
+        return to_logvar(wide, scale_params(self._param, True)).to(parameter.dtype)
 
     @property
     def std(self) -> Tensor:
@@ -112,13 +138,13 @@ class DiagonalGaussian:
         *,
         key: NoiseKey | None = None,
         generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """A reparameterized sample, ``[B, *event]`` or ``[K, B, *event]``; arguments as in
         `reparameterize`."""
-        return self._run(
-            "DiagonalGaussian.rsample", None, num_samples, key, generator, True, OFF, backend
-        )[0]
+        name = "DiagonalGaussian.rsample"
+        return self._run(name, None, num_samples, key, generator, True, OFF, backend, mask)[0]
 
     def sample_kl(
         self,
@@ -126,19 +152,21 @@ class DiagonalGaussian:
         *,
         key: NoiseKey | None = None,
         generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
         reduction: str = "sample",
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(z, kl)`` against N(0, I) in one pass; arguments as in `reparameterize_kl`."""
         name = "DiagonalGaussian.sample_kl"
         code = _checks.reduction(name, reduction)
-        return self._run(name, None, num_samples, key, generator, True, code, backend)
+        return self._run(name, None, num_samples, key, generator, True, code, backend, mask)
 
     def kl(
         self,
         other: DiagonalGaussian | None = None,
         reduction: str = "sample",
         *,
+        mask: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """KL(self || other) in nats, ``[B]``; other=None is N(0, I). Reductions as in
@@ -149,15 +177,21 @@ class DiagonalGaussian:
                 f"{name}: other must be a DiagonalGaussian or None, got {type(other).__name__}"
             )
         code = _checks.reduction(name, reduction)
-        return self._run(name, other, None, None, None, False, code, backend)[1]
+        return self._run(name, other, None, None, None, False, code, backend, mask)[1]
 
     def log_prob(
-        self, x: Tensor, reduction: str = "sample", *, backend: str | None = None
+        self,
+        x: Tensor,
+        reduction: str = "sample",
+        *,
+        mask: Tensor | None = None,
+        backend: str | None = None,
     ) -> Tensor:
         """log density of ``x``, ``[B, *event]`` or ``[K, B, *event]``, in nats;
         `gaussian_log_likelihood`."""
+        mean, parameter = halves(self._source, self._logvar, self._chunk_dim)
         return gaussian_log_likelihood(
-            x, self.mean, self.logvar, reduction=reduction, backend=backend
+            x, mean, parameter, param=self._param, mask=mask, reduction=reduction, backend=backend
         )
 
     def __repr__(self) -> str:
@@ -175,14 +209,26 @@ class DiagonalGaussian:
         want_z: bool,
         reduction: int,
         backend: str | None,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        source, logvar = self._source, self._logvar
+        source, logvar, chunk_dim = self._source, self._logvar, self._chunk_dim
+        scale = scale_params(self._param, other is not None)
         prior_mean = prior_logvar = None
         if other is not None:
-            prior_mean, prior_logvar = broadcast_prior(name, other.mean, other.logvar, self.mean)
+            if self._param == other._param:
+                _, prior_logvar = halves(other._source, other._logvar, other._chunk_dim)
+            else:  # each by its own parametrization, and the kernel by none
+                prior_logvar = other.logvar
+                scale = scale_params(self._param, False)
+                if scale.code != PLAIN:
+                    source, logvar, chunk_dim = self.mean, self.logvar, -1
+                    scale = PLAIN_SCALE
+            prior_mean, prior_logvar = broadcast_prior(name, other.mean, prior_logvar, self.mean)
             dtype = _checks.common_dtype(source, prior_mean)
             prior_mean, prior_logvar = prior_mean.to(dtype), prior_logvar.to(dtype)
             source, logvar = source.to(dtype), None if logvar is None else logvar.to(dtype)
+        if mask is not None:
+            mask = _checks.mask(name, mask, "mean", self.mean)
         kernels = backends.select(source.device.type, backend)
         samples = _checks.num_samples(name, num_samples)
         seed, seed_value, stream, row_offset = None, 0, 0, 0
@@ -191,13 +237,6 @@ class DiagonalGaussian:
                 name, key, generator, source.device
             )
         params = ops.LatentParams(
-            seed_value,
-            stream,
-            row_offset,
-            samples,
-            self._chunk_dim,
-            *self._clamp,
-            want_z,
-            reduction,
+            seed_value, stream, row_offset, samples, chunk_dim, *scale, want_z, reduction
         )
-        return ops.latent(kernels, source, logvar, prior_mean, prior_logvar, seed, params)
+        return ops.latent(kernels, source, logvar, prior_mean, prior_logvar, seed, params, mask)

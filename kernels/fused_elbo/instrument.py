@@ -18,6 +18,7 @@ from torch import Tensor
 from . import calls, capture, ops, reference, tracing
 from .calls import ELBOInputs, ELBOParams, Kernels, LatentParams, LikelihoodParams
 from .noise import NoiseKey
+from .parametrization import PLAIN_SCALE, ScaleParams
 from .schemas import OFF, SAMPLE, SCHEMAS
 
 _RANGED = (
@@ -29,8 +30,11 @@ _RANGED = (
 )
 # operation -> where its arguments with defaults begin, and what they are.
 _DEFAULTS: dict[str, tuple[int, tuple[Any, ...]]] = {
-    "latent_forward": (5, tuple(LatentParams())),
-    "latent_backward": (7, (*LatentParams()[:-2], SAMPLE, False)),
+    "latent_forward": (5, (None, *LatentParams())),
+    "latent_backward": (7, (None, *LatentParams()[:-2], SAMPLE, False)),
+    "likelihood_forward": (3, (None, *LikelihoodParams())),
+    "likelihood_backward": (6, (None, *LikelihoodParams())),
+    "elbo_forward": (11, (None, *PLAIN_SCALE)),
 }
 # Kept: a library undefines its operations when it is collected.
 _libraries: list[torch.library.Library] = []
@@ -78,7 +82,7 @@ def _observed(name: str, namespace: str, operation: Callable[..., Any]) -> Calla
             capture.record(name, backend, args)
         if not tracing.is_enabled():
             return operation(*args)
-        place = {"latent_forward": 8, "latent_backward": 10}.get(name, len(args))
+        place = {"latent_forward": 9, "latent_backward": 11}.get(name, len(args))
         samples = args[place] if place < len(args) else 0
         with tracing.Range(_message(name, backend, first, samples), first.numel()):
             return operation(*args)
@@ -134,10 +138,11 @@ def _latent_forward(
     prior_mean: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None,
     *params: Any,
 ) -> tuple[Tensor, Tensor]:
     return calls.latent_plain(
-        None, LatentParams(*params), mean, logvar, prior_mean, prior_logvar, seed
+        None, LatentParams(*params), mean, logvar, prior_mean, prior_logvar, seed, mask
     )
 
 
@@ -149,30 +154,33 @@ def _latent_backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None,
     *params: Any,
 ) -> tuple[Tensor, ...]:
-    # Up to the clamp both directions have the same parameters; what follows differs.
-    latent_params = LatentParams(*params[:7])._replace(want_z=grad_z is not None)
-    if grad_kl is None:
-        latent_params = latent_params._replace(reduction=OFF)
-    elif len(params) > 7:
-        latent_params = latent_params._replace(reduction=params[7])
-    return calls.latent_backward_plain(
-        None, latent_params, (mean, logvar, prior_mean, prior_logvar, seed), grad_z, grad_kl
-    )
+    # Up to the scale both directions have the same parameters; what follows differs.
+    reduction = OFF if grad_kl is None else params[-2]
+    latent_params = LatentParams._make((*params[:-2], grad_z is not None, reduction))
+    inputs = (mean, logvar, prior_mean, prior_logvar, seed, mask)
+    return calls.latent_backward_plain(None, latent_params, inputs, grad_z, grad_kl)
 
 
-def _likelihood_forward(x: Tensor, mean: Tensor, logvar: Tensor | None, *params: Any) -> Tensor:
-    return calls.likelihood_plain(LikelihoodParams(*params), x, mean, logvar)
+def _likelihood_forward(
+    x: Tensor, mean: Tensor, logvar: Tensor | None, mask: Tensor | None, *params: Any
+) -> Tensor:
+    return calls.likelihood_plain(LikelihoodParams(*params), x, mean, logvar, mask)
 
 
 def _likelihood_backward(
-    x: Tensor, mean: Tensor, logvar: Tensor | None, *params: Any
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor | None,
+    grad: Tensor,
+    want_mean: bool,
+    want_logvar: bool,
+    mask: Tensor | None,
+    *params: Any,
 ) -> tuple[Tensor, Tensor]:
-    *likelihood_params, grad, _, _ = params
-    return calls.likelihood_backward_plain(
-        LikelihoodParams(*likelihood_params), x, mean, logvar, grad
-    )
+    return calls.likelihood_backward_plain(LikelihoodParams(*params), x, mean, logvar, mask, grad)
 
 
 def _elbo_forward(
@@ -187,9 +195,11 @@ def _elbo_forward(
     beta_value: float,
     reduction: int,
     want_grads: bool,
+    mask: Tensor | None,
+    *scale: Any,
 ) -> tuple[Tensor, ...]:
-    inputs = ELBOInputs(recon_x, x, recon_logvar, mean, logvar, kl, beta)
-    params = ELBOParams(recon_logvar_value, beta_value, reduction)
+    inputs = ELBOInputs(recon_x, x, recon_logvar, mean, logvar, kl, beta, mask)
+    params = ELBOParams(recon_logvar_value, beta_value, reduction, ScaleParams(*scale))
     loss, ll, kl_out = ops._elbo_from_parts(None, inputs, params)
     empty = recon_x.new_empty(0)
     grads: tuple[Tensor | None, ...] = (None,) * 4

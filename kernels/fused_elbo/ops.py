@@ -15,7 +15,6 @@ autograd can differentiate again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +39,8 @@ from .calls import (
     latent_forward_raw,
     latent_plain,
     likelihood_backward_plain,
+    likelihood_backward_raw,
+    likelihood_gradients,
     likelihood_plain,
     present,
 )
@@ -75,18 +76,19 @@ def latent(
     prior_logvar: Tensor | None,
     seed: Tensor | None,
     params: LatentParams,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """z and KL; ``kernels=None`` runs the reference."""
     if kernels is None:
-        return latent_plain(None, params, mean, logvar, prior_mean, prior_logvar, seed)
+        return latent_plain(None, params, mean, logvar, prior_mean, prior_logvar, seed, mask)
     if torch.compiler.is_compiling():
         traced = getattr(torch.ops, kernels.namespace).latent.default
-        return traced(mean, logvar, prior_mean, prior_logvar, seed, *params)  # type: ignore[no-any-return]
+        return traced(mean, logvar, prior_mean, prior_logvar, seed, mask, *params)  # type: ignore[no-any-return]
     if _functorch_active():
         call = Call(kernels, params)
-        return LatentTransform.apply(call, mean, logvar, prior_mean, prior_logvar, seed)  # type: ignore[no-any-return]
+        return LatentTransform.apply(call, mean, logvar, prior_mean, prior_logvar, seed, mask)  # type: ignore[no-any-return]
     if forward_ad._current_level >= 0:
-        return latent_plain(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)
+        return latent_plain(kernels, params, mean, logvar, prior_mean, prior_logvar, seed, mask)
     if torch.is_grad_enabled() and (
         mean.requires_grad
         or (logvar is not None and logvar.requires_grad)
@@ -96,8 +98,8 @@ def latent(
             and (prior_mean.requires_grad or prior_logvar.requires_grad)
         )
     ):
-        return _Latent.apply(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)  # type: ignore[no-any-return, no-untyped-call]
-    return latent_forward_raw(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)
+        return _Latent.apply(kernels, params, mean, logvar, prior_mean, prior_logvar, seed, mask)  # type: ignore[no-any-return, no-untyped-call]
+    return latent_forward_raw(kernels, params, mean, logvar, prior_mean, prior_logvar, seed, mask)
 
 
 class _Latent(Function):
@@ -111,11 +113,13 @@ class _Latent(Function):
         prior_mean: Tensor | None,
         prior_logvar: Tensor | None,
         seed: Tensor | None,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mean, logvar, prior_mean, prior_logvar, seed)
+        inputs = (mean, logvar, prior_mean, prior_logvar, seed, mask)
+        ctx.save_for_backward(*inputs)
         ctx.kernels, ctx.params = kernels, params
-        return latent_forward_raw(kernels, params, mean, logvar, prior_mean, prior_logvar, seed)
+        return latent_forward_raw(kernels, params, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Any, ...]:
@@ -126,7 +130,7 @@ class _Latent(Function):
             grads = latent_backward_raw(
                 ctx.kernels, ctx.params, inputs, grad_z, grad_kl, any(ctx.needs_input_grad[4:6])
             )
-        return None, None, *(present(grads, ctx.needs_input_grad[2:6])), None
+        return None, None, *(present(grads, ctx.needs_input_grad[2:6])), None, None
 
 
 def likelihood(
@@ -135,22 +139,23 @@ def likelihood(
     mean: Tensor,
     logvar: Tensor | None,
     params: LikelihoodParams,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """log N(x; mean, exp(logvar)); ``kernels=None`` runs the reference."""
     if kernels is None:
-        return likelihood_plain(params, x, mean, logvar)
+        return likelihood_plain(params, x, mean, logvar, mask)
     if torch.compiler.is_compiling():
         traced = getattr(torch.ops, kernels.namespace).likelihood.default
-        return traced(x, mean, logvar, *params)  # type: ignore[no-any-return]
+        return traced(x, mean, logvar, mask, *params)  # type: ignore[no-any-return]
     if _functorch_active():
-        return LikelihoodTransform.apply(Call(kernels, params), x, mean, logvar)  # type: ignore[no-any-return]
+        return LikelihoodTransform.apply(Call(kernels, params), x, mean, logvar, mask)  # type: ignore[no-any-return]
     if forward_ad._current_level >= 0:
-        return likelihood_plain(params, x, mean, logvar)
+        return likelihood_plain(params, x, mean, logvar, mask)
     if torch.is_grad_enabled() and (
         mean.requires_grad or x.requires_grad or (logvar is not None and logvar.requires_grad)
     ):
-        return _Likelihood.apply(kernels, params, x, mean, logvar)  # type: ignore[no-any-return, no-untyped-call]
-    return kernels.likelihood_forward(x, mean, logvar, *params)
+        return _Likelihood.apply(kernels, params, x, mean, logvar, mask)  # type: ignore[no-any-return, no-untyped-call]
+    return kernels.likelihood_forward(x, mean, logvar, mask, *params.raw())
 
 
 class _Likelihood(Function):
@@ -162,27 +167,22 @@ class _Likelihood(Function):
         x: Tensor,
         mean: Tensor,
         logvar: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, mean, logvar)
+        ctx.save_for_backward(x, mean, logvar, mask)
         ctx.kernels, ctx.params = kernels, params
-        return kernels.likelihood_forward(x, mean, logvar, *params)
+        return kernels.likelihood_forward(x, mean, logvar, mask, *params.raw())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, mean, logvar = ctx.saved_tensors
-        need_x, need_mean, need_logvar = ctx.needs_input_grad[2:5]
+        inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:5]
         if torch.is_grad_enabled():  # create_graph=True
-            grad_mean, grad_logvar = likelihood_backward_plain(ctx.params, x, mean, logvar, grad)
+            x, mean, logvar, mask = inputs
+            plain = likelihood_backward_plain(ctx.params, x, mean, logvar, mask, grad)
+            grads = likelihood_gradients(*plain, wanted)
         else:
-            grad_mean, grad_logvar = ctx.kernels.likelihood_backward(
-                x, mean, logvar, *ctx.params, grad, need_x or need_mean, need_logvar
-            )
-        grads = (
-            -grad_mean if need_x else None,
-            grad_mean if need_mean else None,
-            grad_logvar if need_logvar else None,
-        )
-        return None, None, *grads
+            grads = likelihood_backward_raw(ctx.kernels, ctx.params, inputs, grad, wanted)
+        return None, None, *grads, None
 
 
 def elbo(
@@ -206,24 +206,23 @@ def elbo(
         return loss / inputs.recon_x.shape[0], ll, kl
     if torch.compiler.is_compiling():
         traced = getattr(torch.ops, kernels.namespace).elbo.default
-        loss, ll, kl, *_ = traced(*elbo_arguments(inputs, params), want_grads)
+        loss, ll, kl, *_ = traced(*elbo_arguments(inputs, params, want_grads))
         return loss, ll.detach(), kl.detach()
     if want_grads:
         return _ELBO.apply(kernels, params, *inputs)  # type: ignore[no-any-return, no-untyped-call]
-    loss, ll, kl, *_ = kernels.elbo_forward(*elbo_arguments(inputs, params), False)
+    loss, ll, kl, *_ = kernels.elbo_forward(*elbo_arguments(inputs, params, False))
     return loss, ll, kl
 
 
 def _elbo_from_parts(
     kernels: Kernels | None, inputs: ELBOInputs, params: ELBOParams
 ) -> tuple[Tensor, Tensor, Tensor]:
-    recon_x, x, recon_logvar, mean, logvar, kl, beta = inputs
-    ll = likelihood(
-        kernels, x, recon_x, recon_logvar, LikelihoodParams(params.recon_logvar_value, 1, SAMPLE)
-    )
+    recon_x, x, recon_logvar, mean, logvar, kl, beta, mask = inputs
+    likelihood_params = LikelihoodParams(params.recon_logvar_value, 1, SAMPLE, *params.scale)
+    ll = likelihood(kernels, x, recon_x, recon_logvar, likelihood_params, mask)
     if kl is None:
         assert mean is not None
-        no_noise = LatentParams(0, 0, 0, 0, -1, -math.inf, math.inf, False, SAMPLE)
+        no_noise = LatentParams(want_z=False)
         _, kl = latent(kernels, mean, logvar, None, None, None, no_noise)
     weighted = (params.beta_value if beta is None else beta) * kl - ll
     return reference.reduce(weighted, REDUCTION_NAMES[params.reduction]), ll, kl
@@ -235,7 +234,7 @@ class _ELBO(Function):
         ctx: Any, kernels: Kernels, params: ELBOParams, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = ELBOInputs(*inputs)  # type: ignore[arg-type]
-        loss, ll, kl, *grads = kernels.elbo_forward(*elbo_arguments(tensors, params), True)
+        loss, ll, kl, *grads = kernels.elbo_forward(*elbo_arguments(tensors, params, True))
         ctx.save_for_backward(*inputs, *grads)
         ctx.kernels, ctx.params = kernels, params
         ctx.mark_non_differentiable(ll, kl)
@@ -244,17 +243,18 @@ class _ELBO(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # unpacked once: activation checkpointing refuses a second time
-        inputs = ELBOInputs(*saved[:7])
+        inputs = ELBOInputs(*saved[:8])
         if torch.is_grad_enabled():  # create_graph=True
             grads = elbo_backward_plain(inputs, ctx.params, grad_loss)
         else:
             grads = ctx.kernels.elbo_backward(
-                inputs, ctx.params, saved[7:], grad_loss, ctx.needs_input_grad[2:8]
+                inputs, ctx.params, saved[8:], grad_loss, ctx.needs_input_grad[2:8]
             )
         return (
             None,
             None,
             *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:8])),
+            None,
             None,
         )
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from . import backends, capture, instrument, tracing
-from .functional import elbo_loss, gaussian_log_likelihood, reparameterize_kl
+from .functional import gaussian_log_likelihood, reparameterize_kl
 from .gaussian import DiagonalGaussian
+from .loss import elbo_loss
 
 # What tells of a kernel bound by memory: its time, its bytes, its share of the device's bandwidth;
 # then what keeps it from more: busy issue slots, the width of its accesses, its occupancy, spills.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .noise import NoiseKey
+from .parametrization import LOGSTD, PLAIN, PLAIN_SCALE, SOFT, SOFTPLUS_STD, VAR, ScaleParams
 
 LOG_2PI = math.log(2.0 * math.pi)
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -147,11 +148,61 @@ def spread(grad: Tensor, shape: torch.Size, reduction: str, batch_dims: int = 1)
     return grad.expand(shape)
 
 
-def split_moments(moments: Tensor, logvar: Tensor | None, chunk_dim: int) -> tuple[Tensor, Tensor]:
-    if logvar is not None:
-        return moments, logvar
-    mean, log_variance = moments.chunk(2, chunk_dim)
-    return mean, log_variance
+def scale_terms(parameter: Tensor, scale: ScaleParams) -> tuple[Tensor, Tensor]:
+    """The log-variance that a parameter stands for, and its derivative by the parameter; both
+    differentiable in turn."""
+    code, floor, low, high = scale
+    p, inner = parameter, torch.ones_like(parameter)
+    if code & SOFT:
+        middle, half = 0.5 * (low + high), 0.5 * (high - low)
+        bent = torch.tanh((p - middle) / half)
+        p, inner = middle + half * bent, 1.0 - bent.square()
+    elif (low, high) != (-math.inf, math.inf):
+        inner = ((p >= low) & (p <= high)).to(p.dtype)
+        p = p.clamp(low, high)
+    kind = code & ~SOFT
+    if kind == VAR:
+        # Below the floor the value is the floor's and the gradient passes.
+        below = p < floor
+        moving = torch.where(p.isfinite(), p, 0.0)
+        var = torch.where(below, floor + (moving - moving.detach()), p)
+        return torch.log(var), inner / var
+    if kind == SOFTPLUS_STD:
+        # Without a floor softplus becomes exp, and underflows where its logarithm does not.
+        far = (p < -18.0) & (floor == 0)
+        near, tail = torch.where(far, 0.0, p), torch.exp(torch.where(far, p, 0.0))
+        std = torch.logaddexp(near, torch.zeros_like(near)) + floor
+        log_std = torch.where(far, p - 0.5 * tail, torch.log(std))
+        slope = torch.where(far, 1.0 - 0.5 * tail, torch.sigmoid(near) / std)
+        return 2.0 * log_std, 2.0 * inner * slope
+    factor = 2.0 if kind == LOGSTD else 1.0
+    if floor == 0:
+        return factor * p, factor * inner
+    log_floor = torch.full_like(p, math.log(floor))
+    return factor * torch.logaddexp(p, log_floor), factor * inner * torch.sigmoid(p - log_floor)
+
+
+def to_logvar(parameter: Tensor, scale: ScaleParams) -> Tensor:
+    """The log-variance that a parameter stands for."""
+    return scale_terms(parameter, scale)[0]
+
+
+def _prior_terms(
+    prior_logvar: Tensor | None, scale: ScaleParams
+) -> tuple[Tensor | None, Tensor | float]:
+    """The same of a prior, which a plain scale leaves as it is."""
+    if prior_logvar is None or scale.code == PLAIN:
+        return prior_logvar, 1.0
+    return scale_terms(prior_logvar, scale)
+
+
+def _keep(t: Tensor | None, mask: Tensor | None, filler: float = 0.0) -> Tensor | None:
+    """A tensor with a harmless number, whatever it holds, at the elements that do not count."""
+    return t if t is None or mask is None else torch.where(mask, t, filler)
+
+
+# 1 is a harmless parameter in every parametrization; 0 is not, as a variance.
+_HARMLESS = 1.0
 
 
 def sample_and_kl(
@@ -160,23 +211,30 @@ def sample_and_kl(
     prior_mean: Tensor | None,
     prior_logvar: Tensor | None,
     eps: Tensor | None,
-    clamp: tuple[float, float],
+    scale: ScaleParams,
     reduction: str | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """z = mean + exp(logvar / 2) eps and KL(q || p) = 1/2 [phi(logvar - prior_logvar) + (mean -
-    prior_mean)^2 / var_p]."""
+    prior_mean)^2 / var_p]; both 0 where the mask is False."""
     dtype = mean.dtype
-    mean, logvar, prior_mean, prior_logvar = _accumulate(mean, logvar, prior_mean, prior_logvar)
-    logvar = _clamp(logvar, clamp)
+    mean, prior_mean = _accumulate(_keep(mean, mask), _keep(prior_mean, mask))
+    logvar, prior_logvar = _accumulate(
+        _keep(logvar, mask, _HARMLESS), _keep(prior_logvar, mask, _HARMLESS)
+    )
+    logvar = to_logvar(logvar, scale)
+    prior_logvar, _ = _prior_terms(prior_logvar, scale)
     z = kl = None
     if eps is not None:
-        z = (mean + torch.exp(0.5 * logvar) * eps).to(dtype)
+        z = _keep(mean + torch.exp(0.5 * logvar) * eps, mask)
+        z = z if z is None else z.to(dtype)
     if reduction is not None:
         if prior_mean is None or prior_logvar is None:
             nats = 0.5 * (mean.square() + phi(logvar))
         else:
             distance = (mean - prior_mean).square() * torch.exp(-prior_logvar)
             nats = 0.5 * (phi(logvar - prior_logvar) + distance)
+        nats = nats if mask is None else torch.where(mask, nats, 0.0)
         kl = reduce(nats, reduction)
     return z, kl
 
@@ -187,17 +245,22 @@ def sample_and_kl_backward(
     prior_mean: Tensor | None,
     prior_logvar: Tensor | None,
     eps: Tensor | None,
-    clamp: tuple[float, float],
+    scale: ScaleParams,
     reduction: str | None,
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of `sample_and_kl`, written out; differentiable in turn."""
     dtype = mean.dtype
-    mean, raw_logvar, prior_mean, prior_logvar, grad_z = _accumulate(
-        mean, logvar, prior_mean, prior_logvar, grad_z
+    mean, prior_mean, grad_z = _accumulate(
+        _keep(mean, mask), _keep(prior_mean, mask), _keep(grad_z, mask)
     )
-    logvar = _clamp(raw_logvar, clamp)
+    logvar, prior_logvar = _accumulate(
+        _keep(logvar, mask, _HARMLESS), _keep(prior_logvar, mask, _HARMLESS)
+    )
+    logvar, slope = scale_terms(logvar, scale)
+    prior_logvar, prior_slope = _prior_terms(prior_logvar, scale)
     grad_mean, grad_logvar = torch.zeros_like(mean), torch.zeros_like(logvar)
     grad_prior_mean = grad_prior_logvar = None
     if prior_mean is not None:
@@ -210,6 +273,7 @@ def sample_and_kl_backward(
         grad_logvar = grad_logvar + 0.5 * torch.exp(0.5 * logvar) * grad_std
     if grad_kl is not None and reduction is not None:
         g = spread(grad_kl, mean.shape, reduction)
+        g = g if mask is None else torch.where(mask, g, 0.0)
         if prior_mean is None or prior_logvar is None:
             grad_mean = grad_mean + g * mean
             grad_logvar = grad_logvar + 0.5 * g * torch.expm1(logvar)
@@ -219,37 +283,49 @@ def sample_and_kl_backward(
             grad_mean = grad_mean + g * pull
             grad_logvar = grad_logvar + 0.5 * g * excess
             grad_prior_mean = -g * pull
-            grad_prior_logvar = -0.5 * g * (excess + (mean - prior_mean) * pull)
-    if clamp != (-math.inf, math.inf):
-        grad_logvar = torch.where(
-            (raw_logvar >= clamp[0]) & (raw_logvar <= clamp[1]), grad_logvar, 0.0
-        )
-    return (
-        grad_mean.to(dtype),
-        grad_logvar.to(dtype),
-        None if grad_prior_mean is None else grad_prior_mean.to(dtype),
-        None if grad_prior_logvar is None else grad_prior_logvar.to(dtype),
-    )
+            grad_prior_logvar = -0.5 * g * prior_slope * (excess + (mean - prior_mean) * pull)
+    # A slope of 0 means no gradient, also of what is infinite.
+    grad_logvar = torch.where(slope == 0, 0.0, grad_logvar * slope)
+    grads = (grad_mean, grad_logvar, grad_prior_mean, grad_prior_logvar)
+    kept = (_keep(g, mask) for g in grads)
+    return tuple(None if g is None else g.to(dtype) for g in kept)  # type: ignore[return-value]
 
 
 def log_likelihood(
-    x: Tensor, mean: Tensor, logvar: Tensor | float, batch_dims: int, reduction: str
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor | float,
+    batch_dims: int,
+    reduction: str,
+    scale: ScaleParams = PLAIN_SCALE,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """log N(x; mean, exp(logvar)) = -1/2 [(x - mean)^2 exp(-logvar) + logvar + ln 2 pi]."""
-    residual, logvar, inverse = _residual(x, mean, logvar)
+    """log N(x; mean, exp(logvar)) = -1/2 [(x - mean)^2 exp(-logvar) + logvar + ln 2 pi]; 0 where
+    the mask is False."""
+    residual, logvar, inverse, _ = _residual(x, mean, logvar, scale, mask)
     nats = -0.5 * (residual.square() * inverse + logvar + LOG_2PI)
-    return reduce(nats, reduction, batch_dims)
+    return reduce(nats if mask is None else torch.where(mask, nats, 0.0), reduction, batch_dims)
 
 
 def log_likelihood_backward(
-    x: Tensor, mean: Tensor, logvar: Tensor | float, batch_dims: int, reduction: str, grad: Tensor
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor | float,
+    batch_dims: int,
+    reduction: str,
+    grad: Tensor,
+    scale: ScaleParams = PLAIN_SCALE,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `log_likelihood` for mean (minus that for x) and logvar; differentiable in
     turn."""
-    residual, _, inverse = _residual(x, mean, logvar)
+    residual, _, inverse, slope = _residual(x, mean, logvar, scale, mask)
     g = spread(grad, x.shape, reduction, batch_dims)
+    g = g if mask is None else torch.where(mask, g, 0.0)
     grad_mean = g * residual * inverse
     grad_logvar = 0.5 * g * (residual.square() * inverse - 1.0)
+    if isinstance(slope, Tensor):
+        grad_logvar = torch.where(slope == 0, 0.0, grad_logvar * slope)
     if isinstance(logvar, Tensor):
         grad_logvar = grad_logvar.sum_to_size(logvar.shape).to(logvar.dtype)
     return grad_mean.to(mean.dtype), grad_logvar
@@ -269,7 +345,7 @@ def elbo(
     ll = log_likelihood(x, recon_x, recon_logvar, 1, "sample")
     if kl is None:
         assert mean is not None and logvar is not None
-        _, kl = sample_and_kl(mean, logvar, None, None, None, (-math.inf, math.inf), "sample")
+        _, kl = sample_and_kl(mean, logvar, None, None, None, PLAIN_SCALE, "sample")
         assert kl is not None
     return reduce(beta * kl - ll, reduction), ll, kl
 
@@ -278,15 +354,22 @@ def _accumulate(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(t if t is None else t.to(accumulate_dtype(t.dtype)) for t in tensors)  # type: ignore[misc]
 
 
-def _clamp(logvar: Tensor, clamp: tuple[float, float]) -> Tensor:
-    return logvar if clamp == (-math.inf, math.inf) else logvar.clamp(*clamp)
-
-
 def _residual(
-    x: Tensor, mean: Tensor, logvar: Tensor | float
-) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    x, mean = _accumulate(x, mean)
-    if isinstance(logvar, Tensor):
-        logvar = logvar.to(x.dtype)
-        return x - mean, logvar, torch.exp(-logvar)
-    return x - mean, logvar, torch.exp(torch.tensor(-logvar, dtype=x.dtype, device=x.device))
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor | float,
+    scale: ScaleParams,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor | float]:
+    """x - mean, the log-variance, its negative exponential, and its derivative by the parameter."""
+    x, mean = _accumulate(_keep(x, mask), _keep(mean, mask))
+    if not isinstance(logvar, Tensor):
+        precision = torch.exp(torch.tensor(-logvar, dtype=x.dtype, device=x.device))
+        return x - mean, logvar, precision, 1.0
+    slope: Tensor | float = 1.0
+    logvar = logvar.to(x.dtype)
+    if mask is not None:
+        logvar = torch.where(mask, logvar, _HARMLESS)
+    if scale.code != PLAIN:
+        logvar, slope = scale_terms(logvar, scale)
+    return x - mean, logvar, torch.exp(-logvar), slope

@@ -18,8 +18,10 @@ from .calls import (
     LikelihoodParams,
     elbo_backward_scaled,
     latent_backward_raw,
+    likelihood_backward_raw,
     present,
 )
+from .parametrization import ScaleParams
 from .schemas import FAKES, SCHEMAS
 
 
@@ -49,8 +51,8 @@ _libraries: list[torch.library.Library] = []
 
 
 def _setup_latent(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.params = LatentParams(*inputs[5:])
+    ctx.save_for_backward(*inputs[:6])
+    ctx.params = LatentParams(*inputs[6:])
 
 
 def _compiled_latent_backward(
@@ -60,43 +62,26 @@ def _compiled_latent_backward(
     grads = latent_backward_raw(
         kernels(namespace), ctx.params, ctx.saved_tensors, grad_z, grad_kl, needed[2] or needed[3]
     )
-    return *present(grads, needed[:4]), *(None,) * (1 + len(ctx.params))
+    return *present(grads, needed[:4]), *(None,) * (2 + len(ctx.params))
 
 
 def _setup_likelihood(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.params = LikelihoodParams(*inputs[3:])
+    ctx.save_for_backward(*inputs[:4])
+    ctx.params = LikelihoodParams(*inputs[4:])
 
 
 def _compiled_likelihood_backward(namespace: str, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    need_x, need_mean, need_logvar = ctx.needs_input_grad[:3]
-    grad_mean, grad_logvar = kernels(namespace).likelihood_backward(
-        *ctx.saved_tensors, *ctx.params, grad, need_x or need_mean, need_logvar
+    grads = likelihood_backward_raw(
+        kernels(namespace), ctx.params, ctx.saved_tensors, grad, ctx.needs_input_grad[:3]
     )
-    grads = (
-        -grad_mean if need_x else None,
-        grad_mean if need_mean else None,
-        grad_logvar if need_logvar else None,
-    )
-    return *grads, *(None,) * len(ctx.params)
+    return *grads, *(None,) * (1 + len(ctx.params))
 
 
 def _setup_elbo(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    (
-        recon_x,
-        x,
-        recon_logvar,
-        recon_logvar_value,
-        mean,
-        logvar,
-        kl,
-        beta,
-        beta_value,
-        reduction,
-        _,
-    ) = inputs
-    ctx.save_for_backward(recon_x, x, recon_logvar, mean, logvar, kl, beta, *output[3:])
-    ctx.params = ELBOParams(recon_logvar_value, beta_value, reduction)
+    recon_x, x, recon_logvar, recon_logvar_value, mean, logvar, kl, beta, *rest = inputs
+    beta_value, reduction, _, mask, *scale = rest
+    ctx.save_for_backward(recon_x, x, recon_logvar, mean, logvar, kl, beta, mask, *output[3:])
+    ctx.params = ELBOParams(recon_logvar_value, beta_value, reduction, ScaleParams(*scale))
 
 
 def _compiled_elbo_backward(
@@ -104,13 +89,13 @@ def _compiled_elbo_backward(
 ) -> tuple[Any, ...]:
     needed, saved = ctx.needs_input_grad, ctx.saved_tensors
     recon, x, recon_logvar, mean, logvar, kl = elbo_backward_scaled(
-        ELBOInputs(*saved[:7]),
+        ELBOInputs(*saved[:8]),
         ctx.params,
-        saved[7:],
+        saved[8:],
         grad_loss,
         (*needed[:3], *needed[4:7]),
     )
-    return recon, x, recon_logvar, None, mean, logvar, kl, None, None, None, None
+    return recon, x, recon_logvar, None, mean, logvar, kl, *(None,) * 9
 
 
 _COMPILED_AUTOGRAD: dict[str, tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]] = {

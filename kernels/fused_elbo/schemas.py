@@ -10,7 +10,11 @@ A raw operation is not differentiable; `ops` adds autograd. Conventions that all
   seed.
 - ``chunk_dim >= 0``: ``mean`` holds mean and logvar, chunked along that dimension; so does
   ``grad_mean``.
-- ``clamp_min <= -1e300`` and ``clamp_max >= 1e300``, infinities among them, stand for no clamp.
+- ``scale``, ``floor``, ``clamp_min``, ``clamp_max``: a `parametrization.ScaleParams`.
+  ``clamp_min <= -1e300`` and ``clamp_max >= 1e300``, infinities among them, stand for no clamp. A
+  likelihood's scale is not 0 only where logvar has the shape of mean.
+- ``mask``: bool, of the shape of mean (expanded where it was broadcast); False gives z = 0, no nats
+  and no gradient, whatever the element holds.
 - Defaults are those of the commonest call: each argument costs 0.15 us on its way to the kernel.
 """
 
@@ -28,9 +32,13 @@ OFF, NONE, SAMPLE, SUM, BATCHMEAN = -1, 0, 1, 2, 3
 NO_CLAMP = 1e300  # schemas have no literal for infinity
 REDUCTIONS = {"none": NONE, "sample": SAMPLE, "sum": SUM, "batchmean": BATCHMEAN}
 
+_SCALE = "int scale=0, float floor=0.0, float clamp_min=-1e300, float clamp_max=1e300"
 _LATENT_PARAMS = (
-    "SymInt seed_value=0, int stream=0, SymInt row_offset=0, SymInt num_samples=0, "
-    "int chunk_dim=-1, float clamp_min=-1e300, float clamp_max=1e300"
+    "Tensor? mask=None, SymInt seed_value=0, int stream=0, SymInt row_offset=0, "
+    f"SymInt num_samples=0, int chunk_dim=-1, {_SCALE}"
+)
+_LIKELIHOOD_PARAMS = (
+    "Tensor? mask=None, float logvar_value=0.0, int batch_dims=1, int reduction=1, " + _SCALE
 )
 _LATENT_INPUTS = "Tensor mean, Tensor? logvar, Tensor? prior_mean, Tensor? prior_logvar"
 
@@ -47,19 +55,18 @@ SCHEMAS = {
         "Tensor grad_prior_mean, Tensor grad_prior_logvar)"
     ),
     "likelihood_forward": (
-        "(Tensor x, Tensor mean, Tensor? logvar, float logvar_value, int batch_dims, "
-        "int reduction) -> Tensor"
+        f"(Tensor x, Tensor mean, Tensor? logvar, {_LIKELIHOOD_PARAMS}) -> Tensor"
     ),
     "likelihood_backward": (
-        "(Tensor x, Tensor mean, Tensor? logvar, float logvar_value, int batch_dims, "
-        "int reduction, Tensor grad, bool want_mean, bool want_logvar) "
-        "-> (Tensor grad_mean, Tensor grad_logvar)"
+        "(Tensor x, Tensor mean, Tensor? logvar, Tensor grad, bool want_mean, bool want_logvar, "
+        f"{_LIKELIHOOD_PARAMS}) -> (Tensor grad_mean, Tensor grad_logvar)"
     ),
     "elbo_forward": (
         "(Tensor recon_x, Tensor x, Tensor? recon_logvar, float recon_logvar_value, Tensor? mean, "
         "Tensor? logvar, Tensor? kl, Tensor? beta, float beta_value, int reduction, "
-        "bool want_grads) -> (Tensor loss, Tensor log_likelihood, Tensor kl_out, "
-        "Tensor grad_recon, Tensor grad_recon_logvar, Tensor grad_mean, Tensor grad_logvar)"
+        f"bool want_grads, Tensor? mask=None, {_SCALE}) -> (Tensor loss, Tensor log_likelihood, "
+        "Tensor kl_out, Tensor grad_recon, Tensor grad_recon_logvar, Tensor grad_mean, "
+        "Tensor grad_logvar)"
     ),
     "fold_seed": "(Tensor seed, SymInt data) -> Tensor",
     "noise_words": "(Tensor seed, int stream, int sample, int first, int count) -> Tensor",
@@ -86,11 +93,14 @@ def _latent_forward(
     prior_mean: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None = None,
     seed_value: int = 0,
     stream: int = 0,
     row_offset: int = 0,
     num_samples: int = 0,
     chunk_dim: int = -1,
+    scale: int = 0,
+    floor: float = 0.0,
     clamp_min: float = -NO_CLAMP,
     clamp_max: float = NO_CLAMP,
     want_z: bool = True,
@@ -114,11 +124,14 @@ def _latent_backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None = None,
     seed_value: int = 0,
     stream: int = 0,
     row_offset: int = 0,
     num_samples: int = 0,
     chunk_dim: int = -1,
+    scale: int = 0,
+    floor: float = 0.0,
     clamp_min: float = -NO_CLAMP,
     clamp_max: float = NO_CLAMP,
     reduction: int = SAMPLE,
@@ -140,9 +153,14 @@ def _likelihood_forward(
     x: Tensor,
     mean: Tensor,
     logvar: Tensor | None,
-    logvar_value: float,
-    batch_dims: int,
-    reduction: int,
+    mask: Tensor | None = None,
+    logvar_value: float = 0.0,
+    batch_dims: int = 1,
+    reduction: int = SAMPLE,
+    scale: int = 0,
+    floor: float = 0.0,
+    clamp_min: float = -NO_CLAMP,
+    clamp_max: float = NO_CLAMP,
 ) -> Tensor:
     return nats_like(mean, batch_dims, reduction)
 
@@ -151,12 +169,17 @@ def _likelihood_backward(
     x: Tensor,
     mean: Tensor,
     logvar: Tensor | None,
-    logvar_value: float,
-    batch_dims: int,
-    reduction: int,
     grad: Tensor,
     want_mean: bool,
     want_logvar: bool,
+    mask: Tensor | None = None,
+    logvar_value: float = 0.0,
+    batch_dims: int = 1,
+    reduction: int = SAMPLE,
+    scale: int = 0,
+    floor: float = 0.0,
+    clamp_min: float = -NO_CLAMP,
+    clamp_max: float = NO_CLAMP,
 ) -> tuple[Tensor, Tensor]:
     grad_mean = torch.empty_like(mean) if want_mean else mean.new_empty(0)
     grad_logvar = (
@@ -177,6 +200,11 @@ def _elbo_forward(
     beta_value: float,
     reduction: int,
     want_grads: bool,
+    mask: Tensor | None = None,
+    scale: int = 0,
+    floor: float = 0.0,
+    clamp_min: float = -NO_CLAMP,
+    clamp_max: float = NO_CLAMP,
 ) -> tuple[Tensor, ...]:
     def grad(t: Tensor | None) -> Tensor:
         return torch.empty_like(t) if want_grads and t is not None else recon_x.new_empty(0)

@@ -16,6 +16,7 @@ from .calls import (
     latent_backward_raw,
     latent_plain,
     likelihood_backward_plain,
+    likelihood_gradients,
     likelihood_plain,
     present,
 )
@@ -115,13 +116,17 @@ def _transform(
 
 def _latent_transform_backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Any, ...]:
     grads = _LatentBackwardTransform.apply(ctx.call, *ctx.saved_tensors, grad_z, grad_kl)
-    return None, *present(grads, tuple(g.numel() > 0 or g.shape != (0,) for g in grads)), None
+    return None, *present(grads, tuple(g.numel() > 0 or g.shape != (0,) for g in grads)), None, None
 
 
 def _likelihood_transform_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, mean, logvar = ctx.saved_tensors
-    grad_mean, grad_logvar = _LikelihoodBackwardTransform.apply(ctx.call, x, mean, logvar, grad)
-    return None, -grad_mean, grad_mean, None if logvar is None else grad_logvar
+    logvar = ctx.saved_tensors[2]
+    grad_mean, grad_logvar = _LikelihoodBackwardTransform.apply(ctx.call, *ctx.saved_tensors, grad)
+    return (
+        None,
+        *likelihood_gradients(grad_mean, grad_logvar, (True, True, logvar is not None)),
+        None,
+    )
 
 
 LatentTransform = _transform(
@@ -133,10 +138,10 @@ LatentTransform = _transform(
 _LatentBackwardTransform = _transform(
     "_LatentBackwardTransform",
     lambda kernels, params, *tensors: latent_backward_raw(
-        kernels, params, tensors[:5], tensors[5], tensors[6], tensors[2] is not None
+        kernels, params, tensors[:6], tensors[6], tensors[7], tensors[2] is not None
     ),
     lambda kernels, params, *tensors: latent_backward_plain(
-        kernels, params, tensors[:5], tensors[5], tensors[6]
+        kernels, params, tensors[:6], tensors[6], tensors[7]
     ),
 )
 LikelihoodTransform = _transform(
@@ -147,8 +152,8 @@ LikelihoodTransform = _transform(
 )
 _LikelihoodBackwardTransform = _transform(
     "_LikelihoodBackwardTransform",
-    lambda kernels, params, x, mean, logvar, grad: kernels.likelihood_backward(
-        x, mean, logvar, *params, grad, True, logvar is not None
+    lambda kernels, params, x, mean, logvar, mask, grad: kernels.likelihood_backward(
+        x, mean, logvar, grad, True, logvar is not None, mask, *params
     ),
     lambda kernels, params, *tensors: likelihood_backward_plain(params, *tensors),
 )

@@ -24,25 +24,39 @@ def latent_calls(device, requires_grad):
         return leaf(*shape, dtype=dtype, device=device).requires_grad_(requires_grad)
 
     seed = torch.tensor(3, device=device)
+    mask = torch.tensor([True, False], device=device).expand(3, 4, 2)
     a, b, c, d = (make(3, 4, 2) for _ in range(4))
-    # seed_value, stream, row_offset, num_samples, chunk_dim, clamp, want_z, reduction
-    yield "plain", (a, b, None, None, None, 7, 0, 0, 0, -1, -INF, INF, True, 1)
-    yield "priors", (a, b, c, d, seed, 0, 1, 5, 3, -1, -INF, INF, True, 3)
+    free = (0, 0.0, -INF, INF)  # scale, floor, clamp
+    # mask, seed_value, stream, row_offset, num_samples, chunk_dim, scale, want_z, reduction
+    yield "plain", (a, b, None, None, None, None, 7, 0, 0, 0, -1, *free, True, 1)
+    yield "priors", (a, b, c, d, seed, None, 0, 1, 5, 3, -1, *free, True, 3)
     yield (
         "expanded prior",
         (
-            *(a, b, c[:1].expand(3, 4, 2), d[:, :1].expand(3, 4, 2), seed, 0, 1, 5, 0),
-            *(-1, -INF, INF, True, 0),
+            *(a, b, c[:1].expand(3, 4, 2), d[:, :1].expand(3, 4, 2), seed, None, 0, 1, 5, 0),
+            *(-1, *free, True, 0),
         ),
     )
-    yield "moments", (a, None, None, None, seed, 0, 0, 0, 0, 1, -30.0, 20.0, True, 2)
-    yield "no kl", (a, b, None, None, seed, 0, 0, 0, 2, -1, -INF, INF, True, -1)
-    yield "no z", (a, b, None, None, None, 0, 0, 0, 0, -1, -INF, INF, False, 1)
+    yield (
+        "moments",
+        (a, None, None, None, seed, None, *(0, 0, 0, 0, 1, 0, 0.0, -30.0, 20.0, True, 2)),
+    )
+    yield "no kl", (a, b, None, None, seed, None, 0, 0, 0, 2, -1, *free, True, -1)
+    yield "no z", (a, b, None, None, None, None, 0, 0, 0, 0, -1, *free, False, 1)
+    yield "mask", (a, b, c, d, seed, mask, 0, 0, 0, 0, -1, *free, True, 1)
+    yield (
+        "softplus std, clamped softly",
+        (a, b, c, d, seed, mask, 0, 0, 0, 2, -1, 3 + 8, 0.1, -5.0, 5.0, True, 0),
+    )
     half = [make(3, 4, 2, dtype=torch.bfloat16) for _ in range(2)]
-    yield "bfloat16", (*half, None, None, seed, 0, 0, 0, 0, -1, -INF, INF, True, 1)
+    yield "bfloat16", (*half, None, None, seed, None, 0, 0, 0, 0, -1, *free, True, 1)
     image = make(2, 4, 3, 3).detach().contiguous(memory_format=torch.channels_last)
     image.requires_grad_(requires_grad)
-    yield "channels_last", (image, None, None, None, seed, 0, 0, 0, 0, 1, -1.0, 1.0, True, 1)
+    clamped = (0, 0.0, -1.0, 1.0)
+    yield (
+        "channels_last",
+        (image, None, None, None, seed, None, 0, 0, 0, 0, 1, *clamped, True, 1),
+    )
 
 
 def likelihood_calls(device, requires_grad):
@@ -50,13 +64,16 @@ def likelihood_calls(device, requires_grad):
         return leaf(*shape, dtype=dtype, device=device).requires_grad_(requires_grad)
 
     x, mean = make(3, 4, 2), make(3, 4, 2)
-    yield "unit variance", (x, mean, None, 0.0, 1, 1)
-    yield "number", (x, mean, None, -1.5, 2, 0)
-    yield "one learned variance", (x, mean, make(), 0.0, 1, 3)
-    yield "per channel", (x, mean, make(4, 1), 0.0, 1, 2)
-    yield "full", (x, mean, make(3, 4, 2), 0.0, 2, 1)
+    mask = torch.tensor([True, False], device=device).expand(3, 4, 2)
+    yield "unit variance", (x, mean, None)
+    yield "number", (x, mean, None, None, -1.5, 2, 0)
+    yield "one learned variance", (x, mean, make(), None, 0.0, 1, 3)
+    yield "per channel", (x, mean, make(4, 1), None, 0.0, 1, 2)
+    yield "full", (x, mean, make(3, 4, 2), None, 0.0, 2, 1)
+    yield "mask", (x, mean, make(4, 1), mask, 0.0, 1, 1)
+    yield "log std", (x, mean, make(3, 4, 2), mask, 0.0, 1, 3, 2, 0.1, -5.0, 5.0)
     half = make(3, 4, 2, dtype=torch.float16), make(3, 4, 2, dtype=torch.float16)
-    yield "float16 beside float32", (*half, make(2), 0.0, 1, 1)
+    yield "float16 beside float32", (*half, make(2), None, 0.0, 1, 1)
 
 
 def elbo_calls(device, requires_grad):
@@ -68,13 +85,21 @@ def elbo_calls(device, requires_grad):
     yield "latent", (recon_x, x, None, 0.0, mean, logvar, None, None, 2.0, 3, requires_grad)
     yield "variance", (recon_x, x, make(4, 1), 0.0, mean, logvar, None, beta, 1.0, 2, requires_grad)
     yield "kl", (recon_x, x, None, 0.3, None, None, make(3), beta, 1.0, 1, requires_grad)
+    mask = torch.tensor([True, False], device=device).expand(3, 4, 2)
+    yield (
+        "mask and log std",
+        (
+            *(recon_x, x, make(3, 4, 2), 0.0, mean, logvar, None, None, 1.0, 3, requires_grad),
+            *(mask, 2, 0.1, -5.0, 5.0),
+        ),
+    )
 
 
 def raw_calls(device):
     """(operation, case, arguments) of every raw operation."""
     for case, arguments in latent_calls(device, False):
         yield "latent_forward", case, arguments
-        mean, logvar, prior_mean, prior_logvar, seed, *params, want_z, reduction = arguments
+        mean, logvar, prior_mean, prior_logvar, seed, mask, *params, want_z, reduction = arguments
         half = mean if logvar is not None else mean.chunk(2, 1)[0]
         z = half.expand(params[3], *half.shape) if params[3] else half
         nats = {0: half.shape, 1: half.shape[:1]}.get(reduction, ())
@@ -85,19 +110,21 @@ def raw_calls(device):
                 *(mean, logvar, prior_mean, prior_logvar),
                 torch.randn_like(z) if want_z else None,
                 torch.randn(nats, device=device) if reduction >= 0 else None,
-                *(seed, *params, reduction, prior_mean is not None),
+                *(seed, mask, *params, reduction, prior_mean is not None),
             ),
         )
     for case, arguments in likelihood_calls(device, False):
         yield "likelihood_forward", case, arguments
-        x, _, logvar, _, batch_dims, reduction = arguments
+        x, mean, logvar, *params = arguments
+        batch_dims, reduction = params[2:4] if params else (1, 1)
         nats = {0: x.shape, 1: x.shape[:batch_dims]}.get(reduction, ())
         grad = torch.randn(nats, device=device)
         for wants in ((True, logvar is not None), (False, logvar is not None), (True, False)):
-            yield "likelihood_backward", f"{case} {wants}", (*arguments, grad, *wants)
+            backward = (x, mean, logvar, grad, *wants, *params)
+            yield "likelihood_backward", f"{case} {wants}", backward
     for case, arguments in elbo_calls(device, False):
         yield "elbo_forward", case, arguments
-        yield "elbo_forward", f"{case} with gradients", (*arguments[:-1], True)
+        yield "elbo_forward", f"{case} with gradients", (*arguments[:10], True, *arguments[11:])
     seed = torch.tensor(-9, device=device)
     yield "fold_seed", "", (seed, 2**62)
     yield "noise_words", "", (seed, 1, 2, 3, 4)

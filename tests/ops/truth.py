@@ -139,6 +139,28 @@ def log_likelihood(
     return reduce(nats, reduction, batch_dims)
 
 
+def std(
+    p: Tensor,
+    name: str,
+    floor: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+    soft_clamp: bool = False,
+) -> Tensor:
+    """The standard deviation that a parameter stands for, of a float64 tensor."""
+    if soft_clamp:
+        low, high = clamp
+        p = low + (high - low) * torch.sigmoid(4 * (p - (low + high) / 2) / (high - low))
+    elif clamp is not None:
+        p = p.clamp(*clamp)
+    if name == "logvar":
+        return torch.sqrt(torch.exp(p) + floor)
+    if name == "logstd":
+        return torch.exp(p) + floor
+    if name == "softplus_std":
+        return torch.log1p(torch.exp(-p.abs())) + torch.relu(p) + floor
+    return torch.sqrt(torch.where(p < floor, p - p.detach() + floor, p))
+
+
 def elbo(
     recon_x: Tensor,
     x: Tensor,
