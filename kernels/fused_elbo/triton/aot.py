@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..parametrization import PLAIN_SCALE, Parametrization, ScaleParams, scale_params
 from ..schemas import BATCHMEAN, NONE, OFF, SAMPLE, halves, nats_like
-from . import geometry, latent_operations, likelihood_operations
+from . import elbo_operations, geometry, latent_operations, likelihood_operations
 from .launch import Launch, options, recording
 
 #: What the tests compile for: Ampere, Hopper, Blackwell (data center and desktop), MI300.
@@ -37,6 +38,7 @@ _POINTEES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 
 
@@ -101,7 +103,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     code.
     """
     seen = set()
-    for name, call in _calls(dtype):
+    for name, call in itertools.chain(_calls(dtype), _policy_calls(dtype)):
         with recording() as recorded:
             call()
         for launch in recorded:
@@ -163,11 +165,11 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     wide, image = meta(64, 65536), meta(16, 3, 256, 256)
-    moments, clamp = meta(16, 8, 64, 64), (-30.0, 20.0)
+    moments, clamp = meta(16, 8, 64, 64), ScaleParams(clamp_min=-30.0, clamp_max=20.0)
     yield from _latent_calls("sample and KL", wide, wide)
     yield from _latent_calls("sample and KL, prior", wide, wide, prior=True)
     yield from _latent_calls("samples and KL", wide, wide, samples=8)
-    yield from _latent_calls("moments", moments, None, chunk=1, clamp=clamp)
+    yield from _latent_calls("moments", moments, None, chunk=1, scale=clamp)
     yield from _likelihood_calls("likelihood, unit variance", image, None)
     yield from _likelihood_calls("likelihood, variance per element", image, image)
     yield from _elbo_calls("elbo, unit variance", image, None)
@@ -177,9 +179,9 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     last = moments.to(memory_format=torch.channels_last)
     ragged, apart = meta(64, 4999), meta(64, 65540)[:, 1:-3]
     small = meta(1024, 128)
-    yield from _latent_calls("moments, channels last", last, None, chunk=1, clamp=clamp)
+    yield from _latent_calls("moments, channels last", last, None, chunk=1, scale=clamp)
     yield from _latent_calls(
-        "moments, last dimension", meta(16, 256, 128), None, chunk=2, clamp=clamp
+        "moments, last dimension", meta(16, 256, 128), None, chunk=2, scale=clamp
     )
     yield from _latent_calls("sample and KL, small rows", small, small)
     yield from _latent_calls("sample and KL, ragged rows", ragged, ragged)
@@ -199,10 +201,10 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from _latent_calls("sample and KL, batch mean", wide, wide, reduction=BATCHMEAN)
     yield from _latent_calls("KL, batch mean", wide, wide, sample=False, reduction=BATCHMEAN)
     yield from _latent_calls("KL, prior", wide, wide, sample=False, prior=True)
-    yield from _latent_calls("moments, prior", moments, None, chunk=1, clamp=clamp, prior=True)
-    yield from _latent_calls("moments, samples", moments, None, chunk=1, clamp=clamp, samples=4)
-    yield from _latent_calls("moments, sample", moments, None, chunk=1, clamp=clamp, reduction=OFF)
-    yield from _latent_calls("moments, KL", moments, None, chunk=1, clamp=clamp, sample=False)
+    yield from _latent_calls("moments, prior", moments, None, chunk=1, scale=clamp, prior=True)
+    yield from _latent_calls("moments, samples", moments, None, chunk=1, scale=clamp, samples=4)
+    yield from _latent_calls("moments, sample", moments, None, chunk=1, scale=clamp, reduction=OFF)
+    yield from _latent_calls("moments, KL", moments, None, chunk=1, scale=clamp, sample=False)
     yield from _likelihood_calls("likelihood, variance per channel", image, meta(3, 1, 1))
     yield from _likelihood_calls("likelihood, small rows", meta(1024, 784), None)
     yield from _likelihood_calls(
@@ -215,6 +217,36 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from _elbo_calls("elbo, variance per channel", image, meta(3, 1, 1))
     yield from _elbo_calls("elbo, variance per pixel", image, meta(256, 256))
     yield from _elbo_calls("elbo, KL given", image, None, kl_given=True)
+
+
+#: One of every kind of scale, with what else changes its code.
+PARAMETRIZATIONS = {
+    "floored logvar": Parametrization("logvar", 1e-4),
+    "logstd, soft clamp": Parametrization("logstd", 0.0, (-5.0, 5.0), True),
+    "softplus std": Parametrization("softplus_std", 0.0, (-20.0, 20.0)),
+    "variance": Parametrization("var", 1e-6),
+}
+
+
+def _policy_calls(dtype: torch.dtype) -> _Calls:
+    """Scale parametrizations and masks, which no dtype treats in a way of its own."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return
+    wide = torch.empty(64, 65536, dtype=dtype, device=_META)
+    image = torch.empty(16, 3, 256, 256, dtype=dtype, device=_META)
+    for name, param in PARAMETRIZATIONS.items():
+        scale = scale_params(param, with_prior=True)
+        prior = param.name == "logstd"
+        label = f"{name}, prior" if prior else name
+        yield from _latent_calls(f"sample and KL, {label}", wide, wide, prior=prior, scale=scale)
+        yield from _likelihood_calls(f"likelihood, {name}", image, image, scale=scale)
+    softplus = scale_params(PARAMETRIZATIONS["softplus std"], with_prior=True)
+    yield from _elbo_calls("elbo, softplus std", image, image, scale=softplus)
+    frames = torch.empty(16, 1, 256, 256, dtype=torch.bool, device=_META).expand(image.shape)
+    each = torch.empty_like(wide, dtype=torch.bool)
+    yield from _latent_calls("sample and KL, mask", wide, wide, mask=each)
+    yield from _likelihood_calls("likelihood, mask", image, None, mask=frames)
+    yield from _elbo_calls("elbo, variance per element, mask", image, image, mask=frames)
 
 
 _META = torch.device("meta")
@@ -230,7 +262,8 @@ def _latent_calls(
     prior: bool = False,
     samples: int = 0,
     chunk: int = -1,
-    clamp: tuple[float, float] = (-math.inf, math.inf),
+    scale: ScaleParams = PLAIN_SCALE,
+    mask: Tensor | None = None,
     sample: bool = True,
     reduction: int = SAMPLE,
 ) -> _Calls:
@@ -243,60 +276,59 @@ def _latent_calls(
     )
     grad_z = like_z if sample else None
     grad_kl = None if reduction == OFF else torch.empty_like(nats_like(part, 1, reduction))
+    inputs = (mean, logvar, prior_mean, prior_mean)
+    params = (_SEED, mask, 0, 0, 0, samples, chunk, *scale)
     yield (
         f"{label}, forward",
-        lambda: latent_operations.latent_forward(
-            mean,
-            logvar,
-            prior_mean,
-            prior_mean,
-            _SEED,
-            0,
-            0,
-            0,
-            samples,
-            chunk,
-            *clamp,
-            sample,
-            reduction,
-        ),
+        lambda: latent_operations.latent_forward(*inputs, *params, sample, reduction),
     )
     yield (
         f"{label}, backward",
         lambda: latent_operations.latent_backward(
-            mean, logvar, prior_mean, prior_mean, grad_z, grad_kl, _SEED, 0, 0, 0,
-            samples, chunk, *clamp, reduction, prior,
+            *inputs, grad_z, grad_kl, *params, reduction, prior
         ),
-    )  # fmt: skip
+    )
 
 
 def _likelihood_calls(
-    label: str, x: Tensor, logvar: Tensor | None, *, reduction: int = SAMPLE, batch_dims: int = 1
+    label: str,
+    x: Tensor,
+    logvar: Tensor | None,
+    *,
+    reduction: int = SAMPLE,
+    batch_dims: int = 1,
+    scale: ScaleParams = PLAIN_SCALE,
+    mask: Tensor | None = None,
 ) -> _Calls:
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad = nats_like(mean, batch_dims, reduction)
+    params = (mask, 0.0, batch_dims, reduction, *scale)
     yield (
         f"{label}, forward",
-        lambda: likelihood_operations.likelihood_forward(
-            x, mean, logvar, 0.0, batch_dims, reduction
-        ),
+        lambda: likelihood_operations.likelihood_forward(x, mean, logvar, *params),
     )
     yield (
         f"{label}, backward",
         lambda: likelihood_operations.likelihood_backward(
-            x, mean, logvar, 0.0, batch_dims, reduction, grad, True, logvar is not None
+            x, mean, logvar, grad, True, logvar is not None, *params
         ),
     )
 
 
-def _elbo_calls(label: str, x: Tensor, logvar: Tensor | None, kl_given: bool = False) -> _Calls:
+def _elbo_calls(
+    label: str,
+    x: Tensor,
+    logvar: Tensor | None,
+    *,
+    kl_given: bool = False,
+    scale: ScaleParams = PLAIN_SCALE,
+    mask: Tensor | None = None,
+) -> _Calls:
     latent = None if kl_given else x.new_empty(x.shape[0], 4, 32, 32)
     kl = nats_like(x, 1, SAMPLE) if kl_given else None
-    forward = likelihood_operations.elbo_forward
+    given = (x, x, logvar, 0.0, latent, latent, kl, None, 1.0, BATCHMEAN)
     for want_grads in (False, True):
         yield (
             f"{label}{', with gradients' if want_grads else ''}",
-            functools.partial(
-                forward, x, x, logvar, 0.0, latent, latent, kl, None, 1.0, BATCHMEAN, want_grads
-            ),
+            functools.partial(elbo_operations.elbo_forward, *given, want_grads, mask, *scale),
         )

@@ -85,6 +85,8 @@ def elbo_kernel(
     recon,
     recon_logvar_ptr,
     recon_logvar,
+    mask_ptr,
+    mask,
     ll_ptr,
     grad_recon_ptr,
     grad_recon,
@@ -105,6 +107,9 @@ def elbo_kernel(
     ll_scale: tl.int64,
     recon_programs: tl.int64,
     recon_logvar_value: tl.int64,
+    floor: tl.int64,
+    clamp_min: tl.int64,
+    clamp_max: tl.int64,
     recon_grad_scale: tl.int64,
     recon_rows: tl.int64,
     recon_batch: tl.int64,
@@ -120,6 +125,9 @@ def elbo_kernel(
     latent_splits: tl.int32,
     LOGVAR_GRADIENT: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
+    SCALE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    FLOOR: tl.constexpr,
     RECON_ROWS: tl.constexpr,
     RECON_WIDTH: tl.constexpr,
     RECON_LANE_ALIGNED: tl.constexpr,
@@ -129,22 +137,26 @@ def elbo_kernel(
     RECON_LANES: tl.constexpr,
     LATENT_LANES: tl.constexpr,
     RECON_ALIGNED: tl.constexpr,
+    RECON_MASK_ALIGNED: tl.constexpr,
     LATENT_ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Sums per row and program to ll and kl, and the gradients for an upstream gradient of 1."""
+    """Sums per row and program to ll and kl, and the gradients for an upstream gradient of 1. Mask
+    and scale parametrization are the reconstruction's.
+    """
     program = tl.program_id(0).to(tl.int64)
     if program < recon_programs:
         likelihood_tiles(
             program,
             x_ptr, x, 0, recon_ptr, recon, 0, recon_logvar_ptr, recon_logvar, 0,
-            None, recon, 0, ll_ptr, recon, 0,
+            mask_ptr, mask, 0, None, recon, 0, ll_ptr, recon, 0,
             grad_recon_ptr, grad_recon, 0, grad_recon_logvar_ptr, grad_recon_logvar, 0,
-            recon_logvar_value, ll_scale, recon_grad_scale,
+            recon_logvar_value, floor, clamp_min, clamp_max, ll_scale, recon_grad_scale,
             recon_rows, recon_batch, recon_channels, recon_event, recon_inner,
             recon_iterations, recon_splits,
-            SAMPLE, LOGVAR_GRADIENT, SPLIT_ROWS,
-            RECON_ROWS, RECON_WIDTH, RECON_LANES, RECON_LANE_ALIGNED, RECON_ALIGNED, DTYPE,
+            SAMPLE, LOGVAR_GRADIENT, SPLIT_ROWS, SCALE, CLAMP, FLOOR,
+            RECON_ROWS, RECON_WIDTH, RECON_LANES, RECON_LANE_ALIGNED, RECON_ALIGNED,
+            RECON_MASK_ALIGNED, DTYPE,
         )  # fmt: skip
     else:
         if mean_ptr is not None:

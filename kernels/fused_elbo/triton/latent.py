@@ -7,8 +7,9 @@
 
 Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114. Forward reads mean and
 logvar and writes z: 12 bytes per float32 element. Backward draws eps again and moves 20. What is
-absent (prior, clamp, z, KL, samples) is absent from the compiled code: one kernel, compile-time
-policies.
+absent (prior, scale parametrization, clamp, mask, z, KL, samples) is absent from the compiled code:
+one kernel, compile-time policies. A plain scale (code 0) is logvar itself, with a hard clamp of the
+posterior's own.
 
 A row is processed in groups of LANES elements that begin where the flat index of the noise contract
 is a multiple of LANES, so that each Philox counter is computed once. Where LANES does not divide
@@ -23,6 +24,7 @@ import triton.language as tl
 
 from .formulas import clamp, expm1_of_double, exponential, exponentials, from_bits
 from .noise import load_key, normals
+from .scale import PLAIN, scale_numbers, scale_terms, through
 from .tiles import (
     CONSTANT,
     NONE,
@@ -30,7 +32,9 @@ from .tiles import (
     SAMPLE,
     TOTAL,
     add_columns,
+    counted,
     first_row,
+    kept,
     kernel,
     load,
     row_start,
@@ -87,6 +91,8 @@ def latent_forward_kernel(
     prior_mean,
     prior_logvar_ptr,
     prior_logvar,
+    mask_ptr,
+    mask,
     z_ptr,
     z,
     kl_ptr,
@@ -102,11 +108,14 @@ def latent_forward_kernel(
     inner: tl.int32,
     iterations: tl.int32,
     splits: tl.int32,
+    floor: tl.int64,
     clamp_min: tl.int64,
     clamp_max: tl.int64,
     kl_scale: tl.int64,
     REDUCTION: tl.constexpr,
+    SCALE: tl.constexpr,
     CLAMP: tl.constexpr,
+    FLOOR: tl.constexpr,
     BOUNDED: tl.constexpr,
     MANY_SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -114,6 +123,7 @@ def latent_forward_kernel(
     LANES: tl.constexpr,
     LANE_ALIGNED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    MASK_ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """z, and the KL per element, or its sums per program: [rows, splits] for SAMPLE, [programs] for
@@ -125,7 +135,9 @@ def latent_forward_kernel(
     )
     if z_ptr is not None:
         key = load_key(seed_ptr, seed_value, noise_stream)
-    if CLAMP:
+    if SCALE != PLAIN:
+        numbers = scale_numbers(floor, clamp_min, clamp_max, DTYPE)
+    elif CLAMP:
         lowest = from_bits(clamp_min, DTYPE)
         highest = from_bits(clamp_max, DTYPE)
     scale = from_bits(kl_scale, DTYPE)
@@ -133,9 +145,12 @@ def latent_forward_kernel(
 
     for i in range(iterations):
         here = tile_at(begin, i, low, high, inner, WIDTH, LANES, LANE_ALIGNED)
+        takes_part = counted(mask_ptr, mask, row_start(row, mask), here, MASK_ALIGNED, LANES)
         mean_tile = load(mean_ptr, mean, row_start(row, mean), here, ALIGNED, DTYPE)
         logvar_tile = load(logvar_ptr, logvar, row_start(row, logvar), here, ALIGNED, DTYPE)
-        if CLAMP:
+        if SCALE != PLAIN:
+            logvar_tile, _ = scale_terms(logvar_tile, numbers, SCALE, CLAMP, FLOOR)
+        elif CLAMP:
             logvar_tile = clamp(logvar_tile, lowest, highest)
         std, _, phi = exponentials(0.5 * logvar_tile, BOUNDED)
 
@@ -152,17 +167,22 @@ def latent_forward_kernel(
                     ALIGNED,
                     DTYPE,
                 )
+                if SCALE != PLAIN:
+                    prior_logvar_tile, _ = scale_terms(
+                        prior_logvar_tile, numbers, SCALE, CLAMP, FLOOR
+                    )
                 _, _, phi = exponentials(0.5 * (logvar_tile - prior_logvar_tile), False)
                 distance = mean_tile - prior_mean_tile
                 nats = tl.fma(distance * distance, exponential(-prior_logvar_tile), phi)
             else:
                 nats = tl.fma(mean_tile, mean_tile, phi)
             if REDUCTION == NONE:
-                store(kl_ptr, kl, row_start(row, kl), here, scale * nats, ALIGNED)
-            elif CLAMP:
-                total += tl.where(here[4], nats, 0.0)
+                nats = kept(scale * nats, takes_part, mask_ptr)
+                store(kl_ptr, kl, row_start(row, kl), here, nats, ALIGNED)
+            elif SCALE != PLAIN or CLAMP or mask_ptr is not None:
+                total += tl.where(takes_part, nats, 0.0)
             else:
-                total += nats  # what is masked out was loaded as 0 and has KL 0
+                total += nats  # what does not exist was loaded as 0 and has KL 0
 
         if z_ptr is not None:
             groups = noise_groups(group, i, WIDTH, LANES)
@@ -170,12 +190,14 @@ def latent_forward_kernel(
                 for k in range(samples):
                     index = k + tl.full([], 0, tl.int64)  # a tensor under the interpreter too
                     eps = normals(groups, index.to(tl.uint32), key, ROWS, WIDTH, LANES, DTYPE)
+                    sample = kept(tl.fma(std, eps, mean_tile), takes_part, mask_ptr)
                     sample_row = index * z_sample + row_start(row, z)
-                    store(z_ptr, z, sample_row, here, tl.fma(std, eps, mean_tile), ALIGNED)
+                    store(z_ptr, z, sample_row, here, sample, ALIGNED)
             else:
                 first = tl.full([], 0, tl.uint32)
                 eps = normals(groups, first, key, ROWS, WIDTH, LANES, DTYPE)
-                store(z_ptr, z, row_start(row, z), here, tl.fma(std, eps, mean_tile), ALIGNED)
+                sample = kept(tl.fma(std, eps, mean_tile), takes_part, mask_ptr)
+                store(z_ptr, z, row_start(row, z), here, sample, ALIGNED)
 
     if REDUCTION == SAMPLE:
         per_row = add_columns(total, ROWS, WIDTH, LANES) * scale
@@ -197,6 +219,8 @@ def latent_backward_kernel(
     prior_mean,
     prior_logvar_ptr,
     prior_logvar,
+    mask_ptr,
+    mask,
     grad_z_ptr,
     grad_z,
     grad_kl_ptr,
@@ -220,10 +244,13 @@ def latent_backward_kernel(
     inner: tl.int32,
     iterations: tl.int32,
     splits: tl.int32,
+    floor: tl.int64,
     clamp_min: tl.int64,
     clamp_max: tl.int64,
     kl_scale: tl.int64,
+    SCALE: tl.constexpr,
     CLAMP: tl.constexpr,
+    FLOOR: tl.constexpr,
     BOUNDED: tl.constexpr,
     MANY_SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -231,6 +258,7 @@ def latent_backward_kernel(
     LANES: tl.constexpr,
     LANE_ALIGNED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    MASK_ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """The gradients of mean, logvar and the prior from grad_z and grad_kl, either of which may be
@@ -242,7 +270,9 @@ def latent_backward_kernel(
     )
     if grad_z_ptr is not None:
         key = load_key(seed_ptr, seed_value, noise_stream)
-    if CLAMP:
+    if SCALE != PLAIN:
+        numbers = scale_numbers(floor, clamp_min, clamp_max, DTYPE)
+    elif CLAMP:
         lowest = from_bits(clamp_min, DTYPE)
         highest = from_bits(clamp_max, DTYPE)
     if grad_kl_ptr is not None:
@@ -254,9 +284,12 @@ def latent_backward_kernel(
 
     for i in range(iterations):
         here = tile_at(begin, i, low, high, inner, WIDTH, LANES, LANE_ALIGNED)
+        takes_part = counted(mask_ptr, mask, row_start(row, mask), here, MASK_ALIGNED, LANES)
         raw_logvar = load(logvar_ptr, logvar, row_start(row, logvar), here, ALIGNED, DTYPE)
         logvar_tile = raw_logvar
-        if CLAMP:
+        if SCALE != PLAIN:
+            logvar_tile, slope = scale_terms(raw_logvar, numbers, SCALE, CLAMP, FLOOR)
+        elif CLAMP:
             logvar_tile = clamp(raw_logvar, lowest, highest)
         std, less_one, _ = exponentials(0.5 * logvar_tile, BOUNDED)
         to_mean = tl.zeros([ROWS, WIDTH], DTYPE)
@@ -296,6 +329,10 @@ def latent_backward_kernel(
                     ALIGNED,
                     DTYPE,
                 )
+                if SCALE != PLAIN:
+                    prior_logvar_tile, prior_slope = scale_terms(
+                        prior_logvar_tile, numbers, SCALE, CLAMP, FLOOR
+                    )
                 distance = mean_tile - prior_mean_tile
                 pull = distance * exponential(-prior_logvar_tile)
                 _, less_one, _ = exponentials(0.5 * (logvar_tile - prior_logvar_tile), False)
@@ -306,13 +343,17 @@ def latent_backward_kernel(
             to_mean = tl.fma(weight, pull, to_mean)
             to_logvar = tl.fma(0.5 * weight, excess, to_logvar)
             if grad_prior_mean_ptr is not None:
+                to_prior_mean = kept(-weight * pull, takes_part, mask_ptr)
                 to_prior_logvar = (-0.5 * weight) * tl.fma(distance, pull, excess)
+                if SCALE != PLAIN:
+                    to_prior_logvar = through(prior_slope, to_prior_logvar)
+                to_prior_logvar = kept(to_prior_logvar, takes_part, mask_ptr)
                 store(
                     grad_prior_mean_ptr,
                     grad_prior_mean,
                     row_start(row, grad_prior_mean),
                     here,
-                    -weight * pull,
+                    to_prior_mean,
                     ALIGNED,
                 )
                 store(
@@ -324,7 +365,11 @@ def latent_backward_kernel(
                     ALIGNED,
                 )
 
-        if CLAMP:
+        if SCALE != PLAIN:
+            to_logvar = through(slope, to_logvar)
+        elif CLAMP:
             to_logvar = tl.where((raw_logvar >= lowest) & (raw_logvar <= highest), to_logvar, 0.0)
+        to_mean = kept(to_mean, takes_part, mask_ptr)
+        to_logvar = kept(to_logvar, takes_part, mask_ptr)
         store(grad_mean_ptr, grad_mean, row_start(row, grad_mean), here, to_mean, ALIGNED)
         store(grad_logvar_ptr, grad_logvar, row_start(row, grad_logvar), here, to_logvar, ALIGNED)

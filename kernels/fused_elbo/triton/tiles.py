@@ -91,10 +91,18 @@ def tile_at(
 
 
 @triton.jit
-def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr, PACK: tl.constexpr):
+def pointers(
+    ptr,
+    layout,
+    row_offset,
+    here,
+    ALIGNED: tl.constexpr,
+    PACK: tl.constexpr,
+    BYTES: tl.constexpr = 16,
+):
     """Addresses of a tile `here` (see `tile_at`), for rows that begin at `row_offset`.
 
-    ALIGNED promises groups of 16 bytes at addresses divisible by 16: the only thing that Triton is
+    ALIGNED promises groups of BYTES at addresses divisible by BYTES: the only thing that Triton is
     told about alignment, so that nothing but the launcher's decision makes another variant. PACK
     elements are one of what `ptr` points to; of aligned tensors alone.
     """
@@ -112,7 +120,7 @@ def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr, PACK: tl.cons
         # The launcher copies tensors of this kind whose event exceeds 32 bits.
         n = begin.to(tl.int32) + m
         if ALIGNED and layout.kind == UNIT_PLANE:
-            GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+            GROUP: tl.constexpr = 8 * BYTES // ptr.dtype.element_ty.primitive_bitwidth
             # Changes nothing, but tells the compiler that no group straddles two runs.
             inner = (inner // (GROUP * PACK)) * GROUP
         outer = n // inner
@@ -123,7 +131,7 @@ def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr, PACK: tl.cons
             outer_offset = outer.to(tl.int64) * stride(layout.outer)
             p = ptr + (row_offset + outer_offset + within.to(tl.int64) * stride(layout.inner))
     if ALIGNED and (layout.kind == UNIT or layout.kind == UNIT_PLANE):
-        p = tl.multiple_of(p, (1, 16))
+        p = tl.multiple_of(p, (1, BYTES))
     return p
 
 
@@ -153,6 +161,31 @@ def load_bfloat16(ptr, layout, row_offset, here):
     even = (words << 16).to(tl.float32, bitcast=True)
     odd = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.reshape(tl.join(even, odd), [ROWS, WIDTH])
+
+
+@triton.jit
+def counted(ptr, layout, row_offset, here, ALIGNED: tl.constexpr, LANES: tl.constexpr):
+    """Which elements of a tile exist and take part: those whose byte of the mask is not 0. Without
+    a mask (None), all that exist.
+
+    A group of LANES elements has LANES bytes of mask, which ALIGNED says are one access.
+    """
+    if ptr is None:
+        return here[4]
+    elif layout.kind == CONSTANT:
+        return here[4] & (tl.load(ptr + row_offset, mask=here[2] > 0, other=0) != 0)
+    else:
+        p = pointers(ptr, layout, row_offset, here, ALIGNED, 1, LANES)
+        return tl.load(p, mask=here[4], other=0) != 0
+
+
+@triton.jit
+def kept(value, takes_part, mask_ptr):
+    """0 where an element takes no part, whatever the value; with a mask alone."""
+    if mask_ptr is None:
+        return value
+    else:
+        return tl.where(takes_part, value, 0.0)
 
 
 @triton.jit
