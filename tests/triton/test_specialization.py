@@ -4,8 +4,6 @@ run makes them.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +13,9 @@ from torch import Tensor
 from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import create_function_from_signature
 
+from fused_elbo.parametrization import SOFT, SOFTPLUS_STD
 from fused_elbo.schemas import BATCHMEAN, NONE, SAMPLE, SUM, nats_like
-from fused_elbo.triton import latent_operations, launch, likelihood_operations
-
-FREE = (-math.inf, math.inf)
+from fused_elbo.triton import elbo_operations, latent_operations, launch, likelihood_operations
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,12 +48,10 @@ def latent(
 ):
     mean = meta(batch, event)
     common = (mean, mean, None, None)
-    numbers = (seed, value, 3, row_offset, samples, -1, *FREE)
+    numbers = (seed, None, value, 3, row_offset, samples)
     grad_z = meta(samples, batch, event) if samples else mean
-    return keys(lambda: latent_operations.latent_forward(*common, *numbers, True, SAMPLE)) + keys(
-        lambda: latent_operations.latent_backward(
-            *common, grad_z, meta(batch), *numbers, SAMPLE, False
-        )
+    return keys(lambda: latent_operations.latent_forward(*common, *numbers)) + keys(
+        lambda: latent_operations.latent_backward(*common, grad_z, meta(batch), *numbers)
     )
 
 
@@ -102,56 +97,69 @@ def every_operation(
     )
     latents, likelihoods = latent_operations, likelihood_operations
     found = {}
-    variances = {
-        "unit variance": None,
-        "one variance": meta(dtype=dtype),
-        "variance per channel": meta(event[0], 1, 1, dtype=dtype),
-        "variance per pixel": meta(*event[1:], dtype=dtype),
-        "variance per element": image,
+    frames = meta(batch, 1, *event[1:], dtype=torch.bool).expand(image.shape)
+    softplus = {"scale": SOFTPLUS_STD + SOFT, "floor": 1e-3, "clamp_min": -4.0, "clamp_max": 4.0}
+    variances: dict[str, tuple[Tensor | None, dict[str, Any]]] = {
+        "unit variance": (None, {}),
+        "one variance": (meta(dtype=dtype), {}),
+        "variance per channel": (meta(event[0], 1, 1, dtype=dtype), {}),
+        "variance per pixel": (meta(*event[1:], dtype=dtype), {}),
+        "variance per element": (image, {}),
+        "softplus": (image, softplus),
+        "mask": (None, {"mask": frames}),
     }
-    for name, logvar in variances.items():
-        given = (image, image, logvar, 0.0)
+    for name, (logvar, policies) in variances.items():
         found[f"{name}, forward"] = keys(
-            lambda given=given: likelihoods.likelihood_forward(*given, 1, reduction)
+            lambda logvar=logvar, policies=policies: likelihoods.likelihood_forward(
+                image, image, logvar, reduction=reduction, **policies
+            )
         )
         found[f"{name}, backward"] = keys(
-            lambda given=given: likelihoods.likelihood_backward(
-                *given, 1, reduction, image_nats, True, given[2] is not None
+            lambda logvar=logvar, policies=policies: likelihoods.likelihood_backward(
+                image, image, logvar, image_nats, True, logvar is not None,
+                reduction=reduction, **policies,
             )
-        )
+        )  # fmt: skip
         for kl in (None, nats_like(image, 1, SAMPLE)):
             latent = (mean, mean) if kl is None else (None, None)
+            given = (image, image, logvar, 0.0, *latent, kl, None, 1.0, reduction, True)
             found[f"elbo, {name}, {'KL given' if kl is not None else 'posterior'}"] = keys(
-                lambda given=given, latent=latent, kl=kl: likelihoods.elbo_forward(
-                    *given, *latent, kl, None, 1.0, reduction, True
+                lambda given=given, policies=policies: elbo_operations.elbo_forward(
+                    *given, **policies
                 )
             )
-    for prior, samples in itertools.product((None, mean), (0, 5)):
-        inputs, numbers = (mean, mean, prior, prior), (SEED, 0, 3, 0, samples, -1, *FREE)
+    each = meta(batch, latent_event, dtype=torch.bool)
+    posteriors: list[tuple[str, Tensor | None, int, dict[str, Any]]] = [
+        ("no prior, 0 samples", None, 0, {}),
+        ("no prior, 5 samples", None, 5, {}),
+        ("prior, 0 samples", mean, 0, {}),
+        ("prior, 5 samples", mean, 5, {}),
+        ("softplus", None, 0, softplus),
+        ("mask", None, 0, {"mask": each}),
+    ]
+    for name, prior, samples, policies in posteriors:
+        inputs = (mean, mean, prior, prior)
+        given = {"stream": 3, "num_samples": samples, "reduction": reduction, **policies}
         grad_z = meta(samples, batch, latent_event, dtype=dtype) if samples else mean
-        name = f"{'no ' if prior is None else ''}prior, {samples} samples"
         found[f"latent, {name}, forward"] = keys(
-            lambda inputs=inputs, numbers=numbers: latents.latent_forward(
-                *inputs, *numbers, True, reduction
-            )
+            lambda inputs=inputs, given=given: latents.latent_forward(*inputs, SEED, **given)
         )
         found[f"latent, {name}, backward"] = keys(
-            lambda inputs=inputs, numbers=numbers, grad_z=grad_z: latents.latent_backward(
-                *inputs, grad_z, nats, *numbers, reduction, inputs[2] is not None
+            lambda inputs=inputs, given=given, grad_z=grad_z: latents.latent_backward(
+                *inputs, grad_z, nats, SEED, want_prior=inputs[2] is not None, **given
             )
         )
     for layout in (torch.contiguous_format, torch.channels_last):
         here = torch.empty_like(moments, memory_format=layout)
         grad_z = torch.empty_like(here[:, :4])
-        inputs, numbers = (here, None, None, None), (SEED, 0, 0, 0, 0, 1, -30.0, 20.0)
+        given = {"chunk_dim": 1, "clamp_min": -30.0, "clamp_max": 20.0, "reduction": reduction}
+        inputs = (here, None, None, None)
         found[f"moments, {layout}, forward"] = keys(
-            lambda inputs=inputs, numbers=numbers: latents.latent_forward(
-                *inputs, *numbers, True, reduction
-            )
+            lambda inputs=inputs, given=given: latents.latent_forward(*inputs, SEED, **given)
         )
         found[f"moments, {layout}, backward"] = keys(
-            lambda inputs=inputs, numbers=numbers, grad_z=grad_z: latents.latent_backward(
-                *inputs, grad_z, moments_nats, *numbers, reduction, False
+            lambda inputs=inputs, given=given, grad_z=grad_z: latents.latent_backward(
+                *inputs, grad_z, moments_nats, SEED, **given
             )
         )
     return found
@@ -193,11 +201,8 @@ def test_upstream_gradients_of_one_sample_are_those_of_many(offset: int) -> None
 
     def run(batch: int, nats: Tensor) -> list[tuple[str, str]]:
         mean = meta(batch, 64)
-        numbers = (SEED, 0, 3, 0, 0, -1, *FREE)
         return keys(
-            lambda: latent_operations.latent_backward(
-                mean, mean, None, None, mean, nats, *numbers, SAMPLE, False
-            )
+            lambda: latent_operations.latent_backward(mean, mean, None, None, mean, nats, SEED)
         )
 
     one = torch.empty_strided((1,), (offset,), device="meta")
@@ -216,11 +221,34 @@ def test_the_alignment_of_a_tensor_matters_only_through_the_width_of_the_loads()
     wide = meta(8, 80)
 
     def run(mean: Tensor) -> list[tuple[str, str]]:
-        numbers = (SEED, 0, 0, 0, 0, -1, *FREE)
-        return keys(
-            lambda: latent_operations.latent_forward(mean, mean, None, None, *numbers, True, SAMPLE)
-        )
+        return keys(lambda: latent_operations.latent_forward(mean, mean, None, None, SEED))
 
     assert run(wide[:, 1:65]) == run(wide[:, 2:66]) == run(wide[:, 3:67])
     assert run(wide[:, 4:68]) == run(wide[:, :64])
     assert run(wide[:, 4:68]) != run(wide[:, 1:65])
+
+
+def test_no_value_of_a_floor_or_clamp_compiles_anything() -> None:
+    def run(**scale: float) -> list[tuple[str, str]]:
+        mean = meta(8, 64)
+        return keys(
+            lambda: latent_operations.latent_forward(
+                mean, mean, None, None, SEED, scale=SOFTPLUS_STD, **scale
+            )
+        )
+
+    assert run(floor=1.0) == run(floor=1e-3)
+    assert run(floor=0.0) != run(floor=1e-3)
+    clamps = [run(clamp_min=low, clamp_max=1.0) for low in (-4.0, 0.0, 1.0, -1e300)]
+    assert clamps == clamps[:1] * 4
+    assert run() != clamps[0]
+
+
+def test_a_mask_of_any_alignment_leaves_the_other_accesses_wide() -> None:
+    mean, mask = meta(8, 1024), meta(8, 1032, dtype=torch.bool)
+    with launch.recording() as launches:
+        for start in (0, 1, 4):
+            given = mask[:, start : start + 1024]
+            latent_operations.latent_forward(mean, mean, None, None, SEED, given)
+    assert [one.args["ALIGNED"] for one in launches] == [True] * 3
+    assert [one.args["MASK_ALIGNED"] for one in launches] == [True, False, True]

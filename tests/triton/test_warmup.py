@@ -32,8 +32,8 @@ def _replay(one: object) -> None:
 
 @pytest.mark.parametrize("batch", [16, 7, 1, 40000])
 def test_a_training_step_needs_nothing_that_was_not_warmed_up(batch: int) -> None:
-    from fused_elbo.schemas import BATCHMEAN, SAMPLE
-    from fused_elbo.triton import latent_operations, likelihood_operations
+    from fused_elbo.schemas import BATCHMEAN
+    from fused_elbo.triton import elbo_operations, latent_operations
 
     warm = required_keys(operations=["reparameterize_kl", "elbo_loss"])
 
@@ -43,12 +43,12 @@ def test_a_training_step_needs_nothing_that_was_not_warmed_up(batch: int) -> Non
             torch.empty(batch, 3, 64, 64, device="meta"),
             torch.empty(batch, device="meta"),
         )
-        numbers = (torch.empty((), dtype=torch.int64, device="meta"), 0, 0, 0, 0, -1, *warmup._FREE)
-        z, kl = latent_operations.latent_forward(mean, mean, None, None, *numbers, True, SAMPLE)
-        likelihood_operations.elbo_forward(
+        seed = torch.empty((), dtype=torch.int64, device="meta")
+        z, kl = latent_operations.latent_forward(mean, mean, None, None, seed)
+        elbo_operations.elbo_forward(
             image, image, None, 0.0, None, None, kl, None, 1.0, BATCHMEAN, True
         )
-        latent_operations.latent_backward(mean, mean, None, None, z, nats, *numbers, SAMPLE, False)
+        latent_operations.latent_backward(mean, mean, None, None, z, nats, seed)
 
     needed = set(keys(step))
     assert len(needed) >= 4

@@ -31,6 +31,11 @@ VAR = tl.constexpr(parametrization.VAR)
 SOFT = tl.constexpr(parametrization.SOFT)
 
 
+@triton.constexpr_function
+def _kind(code):
+    return code % parametrization.SOFT
+
+
 @triton.jit
 def scale_numbers(floor, clamp_min, clamp_max, DTYPE: tl.constexpr):
     """What `scale_terms` needs and is the same for every element."""
@@ -77,7 +82,7 @@ def scale_terms(p, numbers, SCALE: tl.constexpr, CLAMP: tl.constexpr, FLOOR: tl.
     """
     floor = numbers[0]
     p, inner = clamped(p, numbers, SCALE, CLAMP)
-    KIND: tl.constexpr = SCALE % SOFT
+    KIND: tl.constexpr = _kind(SCALE)
     if KIND == VAR:
         var = tl.maximum(p, floor, propagate_nan=tl.PropagateNan.ALL)
         return logarithm(var), quotient(inner, var)

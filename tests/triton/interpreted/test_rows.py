@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fused_elbo import reference
 from fused_elbo.noise import NoiseKey
+from fused_elbo.parametrization import PLAIN_SCALE
 from fused_elbo.schemas import BATCHMEAN, NONE, SAMPLE, SUM
 from fused_elbo.triton import latent_operations, launch, likelihood_operations
 
-FREE = (-math.inf, math.inf)
 KEY = NoiseKey(seed=0x0123456789ABCDEF, stream=5, row_offset=3)
 #: One, below and above a group of 4 and of 8, several rows to a program, one, several tiles, and a
 #: second stage.
@@ -37,14 +37,10 @@ def forward(
         None,
         None,
         None,
-        key.seed,
-        key.stream,
-        key.row_offset,
-        0,
-        -1,
-        *FREE,
-        True,
-        reduction,
+        seed_value=key.seed,
+        stream=key.stream,
+        row_offset=key.row_offset,
+        reduction=reduction,
     )
 
 
@@ -57,7 +53,7 @@ def test_samples_and_kl_of_every_row_length_agree_with_float64(
     z, kl = forward(mean, logvar)
     eps = reference.normals(KEY, mean.shape, dtype).double()
     true_z, true_kl = reference.sample_and_kl(
-        mean.double(), logvar.double(), None, None, eps, FREE, "sample"
+        mean.double(), logvar.double(), None, None, eps, PLAIN_SCALE, "sample"
     )
     std = torch.exp(0.5 * logvar.double())
     bound = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3}[dtype]
@@ -155,15 +151,13 @@ def test_the_gradient_of_logvar_is_summed_over_what_it_broadcasts_over(
     memory = torch.channels_last if last else torch.contiguous_format
     x, mean = (torch.randn(2, 3, 7, 9).contiguous(memory_format=memory) for _ in range(2))
     logvar, grad = torch.randn(shape), torch.randn(2)
-    got = likelihood_operations.likelihood_backward(
-        x, mean, logvar, 0.0, 1, SAMPLE, grad, True, True
-    )
+    got = likelihood_operations.likelihood_backward(x, mean, logvar, grad, True, True)
     expected = reference.log_likelihood_backward(
         x.double(), mean.double(), logvar.double(), 1, "sample", grad.double()
     )
     for value, truth in zip(got, expected):
         torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=2e-5)
-    ll = likelihood_operations.likelihood_forward(x, mean, logvar, 0.0, 1, SAMPLE)
+    ll = likelihood_operations.likelihood_forward(x, mean, logvar)
     truth = reference.log_likelihood(x.double(), mean.double(), logvar.double(), 1, "sample")
     torch.testing.assert_close(ll.double(), truth, rtol=1e-6, atol=1e-4)
 
@@ -181,12 +175,12 @@ def test_the_shared_run_of_a_variance_is_long_enough_to_be_a_row(
     mean = torch.randn(samples, batch, *event)
     logvar = torch.randn((event[0], *(1,) * (len(event) - 1))) if learned else None
     true_logvar = 0.0 if logvar is None else logvar.double()
-    ll = likelihood_operations.likelihood_forward(x, mean, logvar, 0.0, 2, SAMPLE)
+    ll = likelihood_operations.likelihood_forward(x, mean, logvar, batch_dims=2)
     truth = reference.log_likelihood(x.double(), mean.double(), true_logvar, 2, "sample")
     torch.testing.assert_close(ll.double(), truth, rtol=1e-6, atol=1e-4)
     grad = torch.randn(samples, batch)
     got = likelihood_operations.likelihood_backward(
-        x, mean, logvar, 0.0, 2, SAMPLE, grad, True, learned
+        x, mean, logvar, grad, True, learned, batch_dims=2
     )
     expected = reference.log_likelihood_backward(
         x.double(), mean.double(), true_logvar, 2, "sample", grad.double()
