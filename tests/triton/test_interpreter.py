@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 _QUICK = "not second_order and not compiled"
 
 #: Each group is one process. The rest of the suite of operations takes minutes on the interpreter,
-#: for finite differences and compilation: `pytest tests/ops --backends=triton` runs all of it. First
-#: derivatives are compared with those of float64 here too.
+#: for finite differences and compilation: `pytest tests/ops --backends=triton` runs all of it.
+#: First derivatives are compared with those of float64 here too.
 GROUPS = {
     "kernels": ["tests/triton/interpreted"],
     "values": [f"tests/ops/test_{name}.py" for name in ("values", "reductions", "dtypes")],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_elbo import reference
 from fused_elbo.noise import NoiseKey
-from fused_elbo.parametrization import PLAIN_SCALE
+from fused_elbo.parametrization import PLAIN_SCALE, SOFTPLUS_STD, ScaleParams
 from fused_elbo.schemas import BATCHMEAN, NONE, SAMPLE, SUM
 from fused_elbo.triton import latent_operations, launch, likelihood_operations
 
@@ -73,6 +73,33 @@ def test_a_row_alone_has_the_bits_it_has_in_its_batch(event: int) -> None:
         alone = forward(mean[row : row + 1], logvar[row : row + 1], KEY.rows(row))
         assert torch.equal(alone[0], z[row : row + 1])
         assert torch.equal(alone[1], kl[row : row + 1])
+
+
+@pytest.mark.parametrize("policy", ["softplus", "mask"])
+@pytest.mark.parametrize("event", [6, 64, 1027, 5 * 1024 + 6])
+def test_policies_hold_in_rows_of_every_length(event: int, policy: str) -> None:
+    """A parameter of 0 and a mask that is absent are what an element beyond a row's end would
+    have.
+    """
+    scale = ScaleParams(SOFTPLUS_STD, 1e-3) if policy == "softplus" else PLAIN_SCALE
+    mask = torch.rand(3, event) < 0.5 if policy == "mask" else None
+    mean, p, grad_z = torch.randn(3, 3, event, dtype=torch.float64)
+    grad_kl = torch.randn(3, dtype=torch.float64)
+    eps = reference.normals(KEY, mean.shape, torch.float64)
+    common = (scale, "sample")
+    true_z, true_kl = reference.sample_and_kl(mean, p, None, None, eps, *common, mask)
+    true_grads = reference.sample_and_kl_backward(
+        mean, p, None, None, eps, *common, grad_z, grad_kl, mask
+    )
+    params = (None, mask, KEY.seed, KEY.stream, KEY.row_offset, 0, -1, *scale)
+    z, kl = latent_operations.latent_forward(mean, p, None, None, *params)
+    grads = latent_operations.latent_backward(mean, p, None, None, grad_z, grad_kl, *params)
+    for got, truth in zip((z, kl, *grads[:2]), (true_z, true_kl, *true_grads[:2])):
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+
+    ll = likelihood_operations.likelihood_forward(z, mean, p, mask, 0.0, 1, SAMPLE, *scale)
+    truth = reference.log_likelihood(z, mean, p, 1, "sample", scale, mask)
+    torch.testing.assert_close(ll, truth, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("event", [64, 1024, 5120])
