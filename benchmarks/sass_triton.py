@@ -59,7 +59,7 @@ WORK = (
         5,
     ),
 )
-CUDA_TYPES = {"float32": "float", "bfloat16": "BFloat16"}
+CUDA_TYPES = {"float32": "float", "bfloat16": "BFloat16", "float16": "Float16"}
 
 
 def triton_kernels(arch: str) -> Iterator[tuple[Work, str, sass.Kernel]]:

@@ -22,28 +22,34 @@ class Disassembly(NamedTuple):
     registers: int
     stack: int
     local: int
-    loop: list[str]  # instructions of the main loop
-    total: int
+    loops: list[list[str]]  # instructions of every loop that reads or writes global memory
+
+    @property
+    def loop(self) -> list[str]:
+        """The main loop: the longest."""
+        return max(self.loops, key=len, default=[])
 
     def accesses(self) -> list[str]:
-        """Global loads and stores of the main loop, without predicates and operands."""
-        return [name for name in map(opcode, self.loop) if name.startswith(("LDG", "STG"))]
+        """Global loads and stores of the loops, without predicates and operands."""
+        names = (opcode(line) for loop in self.loops for line in loop)
+        return [name for name in names if name.startswith(("LDG", "STG"))]
 
     def uses_shared_memory(self) -> bool:
-        return any(opcode(line).startswith(("LDS", "STS")) for line in self.loop)
+        names = (opcode(line) for loop in self.loops for line in loop)
+        return any(name.startswith(("LDS", "STS")) for name in names)
 
 
 def opcode(instruction: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
 
 
-@functools.cache
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run(
         [_BIN / tool, *arguments], check=True, capture_output=True, text=True
     ).stdout
 
 
+@functools.cache
 def nvidia(variant: Variant) -> Disassembly:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(variant.compiled.asm["cubin"])
@@ -68,9 +74,7 @@ def nvidia(variant: Variant) -> Disassembly:
     with_memory = [
         loop for loop in loops if any(opcode(line).startswith(("LDG", "STG")) for line in loop)
     ]
-    return Disassembly(
-        registers, stack, local, max(with_memory, key=len, default=[]), len(instructions)
-    )
+    return Disassembly(registers, stack, local, with_memory)
 
 
 def amd(variant: Variant) -> dict[str, int]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
 import re
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +23,22 @@ AMD = tuple(target for target in aot.TARGETS if target.startswith("gfx"))
 # Shared memory: four warps' sums in the second stage of `tl.sum`, or a tile on its way between two
 # layouts.
 SHARED_SUMS, SHARED_TILE = 512, geometry.TILE * 8
+
+
+def compile_all(target: str, dtype: torch.dtype) -> int:
+    return sum(1 for _ in aot.compile_variants(target, (dtype,)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_side_by_side() -> None:
+    """Every core compiles into Triton's cache, from which `variants` then reads."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(8, cores), mp_context=spawn) as pool:
+        work = [pool.submit(compile_all, t, dtype) for dtype in DTYPES for t in aot.TARGETS]
+        assert min(job.result() for job in work) >= 10
 
 
 @functools.cache
@@ -52,6 +71,14 @@ def test_every_kernel_is_among_the_variants() -> None:
     }
 
 
+#: In float64 the assembler for sm_80 leaves one number on the stack in these, with registers to
+#: spare; float64 is there for exactness and not for speed.
+ON_THE_STACK = {
+    ("sm_80", torch.float64, "sample and KL, prior, forward"): 8,
+    ("sm_80", torch.float64, "elbo, unit variance, with gradients"): 8,
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("target", NVIDIA)
 def test_nvidia_variants_neither_spill_nor_exceed_their_shared_memory(
@@ -59,12 +86,14 @@ def test_nvidia_variants_neither_spill_nor_exceed_their_shared_memory(
 ) -> None:
     for variant in variants(target, dtype):
         code = disassembly.nvidia(variant)
-        # In float64 the assembler leaves one number on the stack in the loss kernel for sm_80, with
-        # registers to spare; float64 is there for exactness and not for speed.
-        one_number = 8 if dtype == torch.float64 else 0
         assert code.local == 0, variant.name
-        assert code.stack <= one_number, variant.name
-        limit = 168 if dtype == torch.float64 else 128  # twelve, or sixteen warps at a time
+        stack = ON_THE_STACK.get((target, dtype, variant.name), 0)
+        assert code.stack <= stack, (variant.name, code.stack)
+        # Sixteen warps at a time; twelve where every element has an address of its own; in float64
+        # eight with a prior, twelve with a loop of samples.
+        limit = 168 if is_element_by_element(variant) else 128
+        if dtype == torch.float64 and re.search("prior|samples", variant.name):
+            limit = 192 if "prior" in variant.name else 168
         assert code.registers <= limit, (variant.name, code.registers)
         assert variant.compiled.metadata.shared <= SHARED_TILE, variant.name
 
@@ -79,7 +108,11 @@ def test_every_access_of_an_aligned_main_loop_is_128_bits_wide(
         if variant.aligned and not is_element_by_element(variant):
             accesses = disassembly.nvidia(variant).accesses()
             assert accesses, variant.name
-            assert all(".128" in access for access in accesses), (variant.name, accesses)
+            narrow = [access for access in accesses if ".128" not in access]
+            groups = variant.elements // variant.threads // geometry.lanes(dtype)
+            # A mask has a byte for each element of a group, read at once.
+            mask = [f"LDG.E{'.64' if dtype.itemsize == 2 else ''}"] * groups
+            assert narrow == (mask if "mask" in variant.name else []), (variant.name, accesses)
             checked += 1
     assert checked >= 8
 
@@ -102,20 +135,34 @@ def test_normals_are_made_where_they_are_used(target: str, dtype: torch.dtype) -
 
 #: Instructions per element in the main loop on sm_90. DESIGN section 7 asks for 68 at most for
 #: float32 forward and for Triton within 1.25 of the CUDA kernels (60 and 57 in float32, 62 and 60
-#: in bfloat16; 7 and 30 for the likelihood).
+#: in bfloat16; 7 and 30 for the likelihood, 25 for its gradients with a variance per element in
+#: half precision).
 BUDGETS = [
     (torch.float32, "latent_forward_kernel", "sample and KL, forward", 66),
     (torch.float32, "latent_backward_kernel", "sample and KL, backward", 67),
-    (torch.bfloat16, "latent_forward_kernel", "sample and KL, forward", 68),
-    (torch.bfloat16, "latent_backward_kernel", "sample and KL, backward", 70),
+    (torch.bfloat16, "latent_forward_kernel", "sample and KL, forward", 66),
+    (torch.bfloat16, "latent_backward_kernel", "sample and KL, backward", 68),
+    (torch.float16, "latent_forward_kernel", "sample and KL, forward", 66),
+    (torch.float16, "latent_backward_kernel", "sample and KL, backward", 68),
     (torch.float32, "latent_forward_kernel", "sample and KL, small rows, forward", 66),
     (torch.float32, "latent_forward_kernel", "sample and KL, prior, forward", 106),
     (torch.float32, "latent_backward_kernel", "sample and KL, prior, backward", 111),
     (torch.float32, "latent_forward_kernel", "samples and KL, forward", 68),
     (torch.float32, "likelihood_kernel", "likelihood, unit variance, forward", 6.5),
     (torch.float32, "likelihood_kernel", "likelihood, unit variance, backward", 8),
-    (torch.float32, "likelihood_kernel", "likelihood, variance per element, forward", 28),
-    (torch.float32, "likelihood_kernel", "likelihood, variance per element, backward", 30),
+    (torch.float32, "likelihood_kernel", "likelihood, variance per element, forward", 26),
+    (torch.float32, "likelihood_kernel", "likelihood, variance per element, backward", 28),
+    (torch.bfloat16, "likelihood_kernel", "likelihood, variance per element, backward", 30),
+    (torch.float16, "likelihood_kernel", "likelihood, variance per element, backward", 30),
+    # Parametrizations: what a logarithm, an exponential and a division rounded to nearest cost.
+    (torch.float32, "latent_forward_kernel", "sample and KL, variance, forward", 90),
+    (torch.float32, "latent_forward_kernel", "sample and KL, floored logvar, forward", 106),
+    (torch.float32, "latent_forward_kernel", "sample and KL, softplus std, forward", 127),
+    (torch.float32, "latent_backward_kernel", "sample and KL, softplus std, backward", 159),
+    (torch.float32, "likelihood_kernel", "likelihood, softplus std, forward", 88),
+    (torch.float32, "latent_forward_kernel", "sample and KL, mask, forward", 71),
+    (torch.float32, "latent_backward_kernel", "sample and KL, mask, backward", 72),
+    (torch.bfloat16, "latent_forward_kernel", "sample and KL, mask, forward", 73),
 ]  # fmt: skip
 
 
@@ -126,6 +173,18 @@ def test_instructions_per_element_on_sm_90(
     variant = find("sm_90", dtype, kernel, name)
     per_element = len(disassembly.nvidia(variant).loop) * variant.threads / variant.elements
     assert budget / 3 < per_element <= budget
+
+
+def test_the_square_root_is_the_only_approximate_instruction() -> None:
+    """The bound on the normals allows for it (`interpreted/test_words.py`); any other would have to
+    be allowed for too. float64 has none.
+    """
+    for dtype in DTYPES:
+        for variant in variants("sm_80", dtype) + variants("sm_90", dtype):
+            ptx = variant.compiled.asm["ptx"]
+            found = set(re.findall(r"^\s+(?:@\S+ )?(\S*\.(?:approx|full|ftz)\S*)", ptx, re.M))
+            allowed = set() if dtype == torch.float64 else {"sqrt.approx.ftz.f32"}
+            assert found <= allowed, (variant.name, found)
 
 
 def test_philox_takes_one_wide_multiplication_per_product() -> None:
@@ -165,8 +224,11 @@ def test_amd_variants_use_no_scratch_and_wide_accesses(target: str, dtype: torch
     for variant in variants(target, dtype):
         counts = disassembly.amd(variant)
         assert counts["vgpr_spill_count"] == counts["private_segment_fixed_size"] == 0, variant.name
-        limit = 168 if dtype == torch.float64 else 128  # three, or four waves per SIMD
-        assert counts["vgpr_count"] <= limit, variant.name
+        # Four waves per SIMD; in float64 three, or two with a prior or a loop of samples.
+        limit = 128
+        if dtype == torch.float64:
+            limit = 256 if re.search("prior|samples", variant.name) else 168
+        assert counts["vgpr_count"] <= limit, (variant.name, counts["vgpr_count"])
         assert variant.compiled.metadata.shared <= SHARED_TILE, variant.name
         if variant.aligned and not is_element_by_element(variant):
             assert counts["wide_accesses"] >= 2, variant.name

@@ -7,8 +7,11 @@ import sys
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
 
-from fused_elbo.triton import aot, reason, warmup
+from fused_elbo.triton import aot, launch, reason, warmup
 
 from .test_specialization import keys
 
@@ -24,15 +27,13 @@ def required_keys(**options: object) -> set[tuple[str, str]]:
 
 
 def _replay(one: object) -> None:
-    from fused_elbo.triton import launch
-
     launch.launch(one.kernel, one.programs, torch.device("meta"), **one.args)
 
 
-@pytest.mark.parametrize("batch", [16, 7])
+@pytest.mark.parametrize("batch", [16, 7, 1, 40000])
 def test_a_training_step_needs_nothing_that_was_not_warmed_up(batch: int) -> None:
-    from fused_elbo.schemas import BATCHMEAN, SAMPLE
-    from fused_elbo.triton import latent_operations, likelihood_operations
+    from fused_elbo.schemas import BATCHMEAN
+    from fused_elbo.triton import elbo_operations, latent_operations
 
     warm = required_keys(operations=["reparameterize_kl", "elbo_loss"])
 
@@ -42,12 +43,12 @@ def test_a_training_step_needs_nothing_that_was_not_warmed_up(batch: int) -> Non
             torch.empty(batch, 3, 64, 64, device="meta"),
             torch.empty(batch, device="meta"),
         )
-        numbers = (torch.empty((), dtype=torch.int64, device="meta"), 0, 0, 0, 0, -1, *warmup._FREE)
-        z, kl = latent_operations.latent_forward(mean, mean, None, None, *numbers, True, SAMPLE)
-        likelihood_operations.elbo_forward(
+        seed = torch.empty((), dtype=torch.int64, device="meta")
+        z, kl = latent_operations.latent_forward(mean, mean, None, None, seed)
+        elbo_operations.elbo_forward(
             image, image, None, 0.0, None, None, kl, None, 1.0, BATCHMEAN, True
         )
-        latent_operations.latent_backward(mean, mean, None, None, z, nats, *numbers, SAMPLE, False)
+        latent_operations.latent_backward(mean, mean, None, None, z, nats, seed)
 
     needed = set(keys(step))
     assert len(needed) >= 4
@@ -62,6 +63,50 @@ def test_every_required_kernel_compiles() -> None:
             seen.add(key)
             assert aot.compile_launch(one, aot.gpu_target("sm_90")).asm["cubin"]
     assert len(seen) >= 10
+
+
+class StandInDriver:
+    """What Triton asks a driver for before it loads a kernel."""
+
+    def get_current_target(self) -> GPUTarget:
+        return aot.gpu_target("sm_90")
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@pytest.fixture
+def device_without_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.runtime.driver, "_active", StandInDriver())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_launch_asks_for_what_is_compiled_ahead_of_time(
+    dtype: torch.dtype, device_without_hardware: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through Triton's own `run`, to where it would compile: names it reserves, options it does not
+    know and arguments it cannot pass all show here, and the source is that of `aot`.
+    """
+    asked = []
+
+    def do_compile(self, key, signature, device, constexprs, options, attrs, warmup):
+        asked.append((ASTSource(self, signature, constexprs, attrs), options))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", do_compile)
+    options = launch.options(32)
+    backend = make_backend(aot.gpu_target("sm_90"))
+    for name, one in aot.launches(dtype):
+        one.kernel.device_caches.clear()
+        one.kernel.warmup(grid=(one.programs,), **one.args, **options)
+        source, asked_options = asked.pop()
+        expected = aot.source(one)
+        assert source.signature == expected.signature, name
+        assert source.constants == expected.constants, name
+        assert {place: a for place, a in source.attrs.items() if a} == expected.attrs, name
+        assert asked_options.hash() == backend.parse_options(dict(options)).hash(), name
 
 
 def test_unknown_operations_and_shapes_are_refused() -> None:

@@ -2,9 +2,10 @@
 interpreter.
 
 Importing this package does not import Triton, which is slow and may be missing; `library.register`
-does. What lives where: `formulas` and `noise` are the arithmetic, `tiles` the addressing, `latent`,
-`likelihood`, `elbo` and `reduction` the kernels, `geometry` strides and launch shapes, `launch` and
-`operations` the launchers, `library` their registration, `warmup` and `aot` compilation before use.
+does. What lives where: `formulas`, `scale` and `noise` are the arithmetic, `tiles` the addressing,
+`latent`, `likelihood`, `elbo` and `reduction` the kernels, `geometry` strides and launch shapes,
+`launch` and `*_operations` the launchers, `library` their registration, `warmup` and `aot`
+compilation before use.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,12 +24,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..parametrization import PLAIN_SCALE, Parametrization, ScaleParams, scale_params
 from ..schemas import BATCHMEAN, NONE, OFF, SAMPLE, halves, nats_like
-from . import geometry, latent_operations, likelihood_operations
+from . import elbo_operations, geometry, latent_operations, likelihood_operations
 from .launch import Launch, options, recording
 
 #: What the tests compile for: Ampere, Hopper, Blackwell (data center and desktop), MI300.
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+#: Scale parametrizations and masks are compiled for these: one target of each assembler.
+POLICY_TARGETS = ("sm_80", "sm_90", "gfx942")
 
 _POINTEES = {
     torch.float32: "fp32",
@@ -37,6 +41,7 @@ _POINTEES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 
 
@@ -63,42 +68,45 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compiles a recorded launch: the same specialization that running it would ask for."""
+    """Compiles a recorded launch."""
+    return triton.compile(source(launch), target=target, options=options(target.warp_size))
+
+
+def source(launch: Launch) -> ASTSource:
+    """The specialization that running a launch would ask for."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
+    divisible = {}
     parameters = inspect.signature(launch.kernel.fn).parameters
     for place, (name, parameter) in enumerate(parameters.items()):
         value = launch.args[name]
         if parameter.annotation is tl.constexpr:
             signature[name], constants[(place,)] = "constexpr", value
         elif isinstance(value, geometry.Layout):
-            types = []
-            for i, part in enumerate(value):
-                constant = not isinstance(part, int) or part == 1
-                types.append("constexpr" if constant else _integer(part))
-                if constant:
-                    constants[(place, i)] = part.value if isinstance(part, tl.constexpr) else part
-            signature[name] = geometry.Layout(*types)  # type: ignore[arg-type]
+            kind, *strides = value
+            constants[(place, 0)] = kind.value
+            for i in range(1, len(value)):
+                divisible[(place, i)] = [["tt.divisibility", geometry.STRIDE_SCALE]]
+            signature[name] = geometry.Layout("constexpr", *map(_integer, strides))  # type: ignore[arg-type]
         elif value is None:
             signature[name], constants[(place,)] = "constexpr", None
         elif isinstance(value, Tensor):
             signature[name] = f"*{_POINTEES[value.dtype]}"
         else:
             signature[name] = {tl.int32: "i32", tl.int64: "i64"}[parameter.annotation]
-    source = ASTSource(launch.kernel, signature, constants, {})
-    return triton.compile(source, target=target, options=options(target.warp_size))
+    return ASTSource(launch.kernel, signature, constants, divisible)
 
 
 def _integer(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+def launches(dtype: torch.dtype, policies: bool = True) -> Iterator[tuple[str, Launch]]:
     """The launches of representative calls, named: every kernel with every policy that changes its
-    code.
+    code; scale parametrizations and masks only with ``policies``.
     """
     seen = set()
-    for name, call in _calls(dtype):
+    for name, call in itertools.chain(_calls(dtype), _policy_calls(dtype) if policies else ()):
         with recording() as recorded:
             call()
         for launch in recorded:
@@ -114,7 +122,7 @@ def compile_variants(
 ) -> Iterator[Variant]:
     """Compiles every variant for a target such as ``sm_90`` or ``gfx942``."""
     for dtype in dtypes:
-        for name, launch in launches(dtype):
+        for name, launch in launches(dtype, policies=target in POLICY_TARGETS):
             yield compile_variant(name, launch, dtype, target)
 
 
@@ -159,47 +167,89 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    wide = meta(64, 65536)
-    image = meta(16, 3, 256, 256)
+    wide, image = meta(64, 65536), meta(16, 3, 256, 256)
+    moments, clamp = meta(16, 8, 64, 64), ScaleParams(clamp_min=-30.0, clamp_max=20.0)
     yield from _latent_calls("sample and KL", wide, wide)
+    yield from _latent_calls("sample and KL, prior", wide, wide, prior=True)
+    yield from _latent_calls("samples and KL", wide, wide, samples=8)
+    yield from _latent_calls("moments", moments, None, chunk=1, scale=clamp)
     yield from _likelihood_calls("likelihood, unit variance", image, None)
     yield from _likelihood_calls("likelihood, variance per element", image, image)
     yield from _elbo_calls("elbo, unit variance", image, None)
+    yield from _elbo_calls("elbo, variance per element", image, image)
     if dtype not in (torch.float32, torch.bfloat16):
         return
-    moments, last = meta(16, 8, 64, 64), torch.channels_last
-    clamp = (-30.0, 20.0)
-    yield from _latent_calls("sample and KL, prior", wide, wide, prior=True)
-    yield from _latent_calls("moments", moments, None, chunk=1, clamp=clamp)
+    last = moments.to(memory_format=torch.channels_last)
+    ragged, apart = meta(64, 4999), meta(64, 65540)[:, 1:-3]
+    small = meta(1024, 128)
+    yield from _latent_calls("moments, channels last", last, None, chunk=1, scale=clamp)
     yield from _latent_calls(
-        "moments, channels last", moments.to(memory_format=last), None, chunk=1, clamp=clamp
+        "moments, last dimension", meta(16, 256, 128), None, chunk=2, scale=clamp
     )
-    yield from _latent_calls(
-        "moments, last dimension", meta(16, 256, 128), None, chunk=2, clamp=clamp
-    )
-    yield from _latent_calls("sample and KL, small rows", meta(1024, 128), meta(1024, 128))
-    yield from _latent_calls("sample and KL, ragged rows", meta(64, 4999), meta(64, 4999))
-    yield from _latent_calls(
-        "sample and KL, misaligned", meta(64, 65540)[:, 1:-3], meta(64, 65540)[:, 1:-3]
-    )
-    yield from _latent_calls("samples and KL", wide, wide, samples=8)
+    yield from _latent_calls("sample and KL, small rows", small, small)
+    yield from _latent_calls("sample and KL, ragged rows", ragged, ragged)
+    yield from _latent_calls("sample and KL, misaligned", apart, apart)
     yield from _latent_calls("sample", wide, wide, reduction=OFF)
     yield from _latent_calls("KL", wide, wide, sample=False)
-    yield from _latent_calls("KL, batch mean", wide, wide, sample=False, reduction=BATCHMEAN)
     yield from _latent_calls("KL per element", wide, wide, sample=False, reduction=NONE)
     yield from _likelihood_calls("likelihood, one learned variance", image, meta())
-    yield from _likelihood_calls("likelihood, variance per channel", image, meta(3, 1, 1))
     yield from _likelihood_calls("likelihood, variance per pixel", image, meta(256, 256))
-    yield from _likelihood_calls("likelihood, unit variance, small rows", meta(1024, 784), None)
     yield from _likelihood_calls("likelihood per element", image, None, reduction=NONE)
+    yield from _elbo_calls("elbo, one learned variance", image, meta())
+    yield "seeds", lambda: latent_operations.fold_seed(_SEED, 1)
+    yield "noise words", lambda: latent_operations.noise_words(_SEED, 0, 0, 0, 1000)
+    if dtype != torch.float32:
+        return
+    # What follows changes which numbers are added and stored, and not how a dtype is handled.
+    yield from _latent_calls("sample and KL, batch mean", wide, wide, reduction=BATCHMEAN)
+    yield from _latent_calls("KL, batch mean", wide, wide, sample=False, reduction=BATCHMEAN)
+    yield from _latent_calls("KL, prior", wide, wide, sample=False, prior=True)
+    yield from _latent_calls("moments, prior", moments, None, chunk=1, scale=clamp, prior=True)
+    yield from _latent_calls("moments, samples", moments, None, chunk=1, scale=clamp, samples=4)
+    yield from _latent_calls("moments, sample", moments, None, chunk=1, scale=clamp, reduction=OFF)
+    yield from _latent_calls("moments, KL", moments, None, chunk=1, scale=clamp, sample=False)
+    yield from _likelihood_calls("likelihood, variance per channel", image, meta(3, 1, 1))
+    yield from _likelihood_calls("likelihood, small rows", meta(1024, 784), None)
+    yield from _likelihood_calls(
+        "likelihood per element, variance per element", image, image, reduction=NONE
+    )
     yield from _likelihood_calls("likelihood, batch mean", image, None, reduction=BATCHMEAN)
     yield from _likelihood_calls(
         "likelihood, samples", image[None].expand(4, *image.shape), None, batch_dims=2
     )
-    yield from _elbo_calls("elbo, variance per element", image, image)
-    yield from _elbo_calls("elbo, one learned variance", image, meta())
-    yield "seeds", lambda: latent_operations.fold_seed(_SEED, 1)
-    yield "noise words", lambda: latent_operations.noise_words(_SEED, 0, 0, 0, 1000)
+    yield from _elbo_calls("elbo, variance per channel", image, meta(3, 1, 1))
+    yield from _elbo_calls("elbo, variance per pixel", image, meta(256, 256))
+    yield from _elbo_calls("elbo, KL given", image, None, kl_given=True)
+
+
+#: One of every kind of scale, with what else changes its code.
+PARAMETRIZATIONS = {
+    "floored logvar": Parametrization("logvar", 1e-4),
+    "logstd, soft clamp": Parametrization("logstd", 0.0, (-5.0, 5.0), True),
+    "softplus std": Parametrization("softplus_std", 0.0, (-20.0, 20.0)),
+    "variance": Parametrization("var", 1e-6),
+}
+
+
+def _policy_calls(dtype: torch.dtype) -> _Calls:
+    """Scale parametrizations and masks, which no dtype treats in a way of its own."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return
+    wide = torch.empty(64, 65536, dtype=dtype, device=_META)
+    image = torch.empty(16, 3, 256, 256, dtype=dtype, device=_META)
+    for name, param in PARAMETRIZATIONS.items():
+        scale = scale_params(param, with_prior=True)
+        prior = param.name == "logstd"
+        label = f"{name}, prior" if prior else name
+        yield from _latent_calls(f"sample and KL, {label}", wide, wide, prior=prior, scale=scale)
+        yield from _likelihood_calls(f"likelihood, {name}", image, image, scale=scale)
+    softplus = scale_params(PARAMETRIZATIONS["softplus std"], with_prior=True)
+    yield from _elbo_calls("elbo, softplus std", image, image, scale=softplus)
+    frames = torch.empty(16, 1, 256, 256, dtype=torch.bool, device=_META).expand(image.shape)
+    each = torch.empty_like(wide, dtype=torch.bool)
+    yield from _latent_calls("sample and KL, mask", wide, wide, mask=each)
+    yield from _likelihood_calls("likelihood, mask", image, None, mask=frames)
+    yield from _elbo_calls("elbo, variance per element, mask", image, image, mask=frames)
 
 
 _META = torch.device("meta")
@@ -215,12 +265,13 @@ def _latent_calls(
     prior: bool = False,
     samples: int = 0,
     chunk: int = -1,
-    clamp: tuple[float, float] = (-math.inf, math.inf),
+    scale: ScaleParams = PLAIN_SCALE,
+    mask: Tensor | None = None,
     sample: bool = True,
     reduction: int = SAMPLE,
 ) -> _Calls:
-    prior_mean = mean if prior else None
     part, _ = halves(mean, logvar, chunk)
+    prior_mean = torch.empty_like(part) if prior else None
     like_z = (
         torch.empty((samples, *part.shape), dtype=mean.dtype, device=_META)
         if samples
@@ -228,59 +279,59 @@ def _latent_calls(
     )
     grad_z = like_z if sample else None
     grad_kl = None if reduction == OFF else torch.empty_like(nats_like(part, 1, reduction))
+    inputs = (mean, logvar, prior_mean, prior_mean)
+    params = (_SEED, mask, 0, 0, 0, samples, chunk, *scale)
     yield (
         f"{label}, forward",
-        lambda: latent_operations.latent_forward(
-            mean,
-            logvar,
-            prior_mean,
-            prior_mean,
-            _SEED,
-            0,
-            0,
-            0,
-            samples,
-            chunk,
-            *clamp,
-            sample,
-            reduction,
-        ),
+        lambda: latent_operations.latent_forward(*inputs, *params, sample, reduction),
     )
     yield (
         f"{label}, backward",
         lambda: latent_operations.latent_backward(
-            mean, logvar, prior_mean, prior_mean, grad_z, grad_kl, _SEED, 0, 0, 0,
-            samples, chunk, *clamp, reduction, prior,
+            *inputs, grad_z, grad_kl, *params, reduction, prior
         ),
-    )  # fmt: skip
+    )
 
 
 def _likelihood_calls(
-    label: str, x: Tensor, logvar: Tensor | None, *, reduction: int = SAMPLE, batch_dims: int = 1
+    label: str,
+    x: Tensor,
+    logvar: Tensor | None,
+    *,
+    reduction: int = SAMPLE,
+    batch_dims: int = 1,
+    scale: ScaleParams = PLAIN_SCALE,
+    mask: Tensor | None = None,
 ) -> _Calls:
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad = nats_like(mean, batch_dims, reduction)
+    params = (mask, 0.0, batch_dims, reduction, *scale)
     yield (
         f"{label}, forward",
-        lambda: likelihood_operations.likelihood_forward(
-            x, mean, logvar, 0.0, batch_dims, reduction
-        ),
+        lambda: likelihood_operations.likelihood_forward(x, mean, logvar, *params),
     )
     yield (
         f"{label}, backward",
         lambda: likelihood_operations.likelihood_backward(
-            x, mean, logvar, 0.0, batch_dims, reduction, grad, True, logvar is not None
+            x, mean, logvar, grad, True, logvar is not None, *params
         ),
     )
 
 
-def _elbo_calls(label: str, x: Tensor, logvar: Tensor | None) -> _Calls:
-    latent = torch.empty((x.shape[0], 4, 32, 32), dtype=x.dtype, device=_META)
-    forward = likelihood_operations.elbo_forward
+def _elbo_calls(
+    label: str,
+    x: Tensor,
+    logvar: Tensor | None,
+    *,
+    kl_given: bool = False,
+    scale: ScaleParams = PLAIN_SCALE,
+    mask: Tensor | None = None,
+) -> _Calls:
+    latent = None if kl_given else x.new_empty(x.shape[0], 4, 32, 32)
+    kl = nats_like(x, 1, SAMPLE) if kl_given else None
+    given = (x, x, logvar, 0.0, latent, latent, kl, None, 1.0, BATCHMEAN)
     for want_grads in (False, True):
         yield (
             f"{label}{', with gradients' if want_grads else ''}",
-            functools.partial(
-                forward, x, x, logvar, 0.0, latent, latent, None, None, 1.0, BATCHMEAN, want_grads
-            ),
+            functools.partial(elbo_operations.elbo_forward, *given, want_grads, mask, *scale),
         )

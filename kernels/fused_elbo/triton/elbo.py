@@ -17,7 +17,7 @@ import triton.language as tl
 from .formulas import expm1_of_double, exponentials, from_bits
 from .likelihood import likelihood_tiles
 from .reduction import add_up
-from .tiles import SAMPLE, add_columns, first_row, kernel, load, store
+from .tiles import SAMPLE, add_columns, first_row, kernel, load, row_start, store, tile_at
 
 
 @triton.jit
@@ -51,22 +51,27 @@ def standard_normal_tiles(
     split = program % splits
     begin = tl.zeros_like(row) + split * iterations * WIDTH
     length = (iterations * WIDTH).to(tl.int64)
-    end = tl.where(valid, tl.minimum(event - begin, length), 0).to(tl.int32)
-    if LANE_ALIGNED:
-        end = (end // LANES) * LANES  # tells the compiler that groups are whole
+    count = tl.where(valid, tl.minimum(event - begin, length), 0).to(tl.int32)
     total = tl.zeros([ROWS, WIDTH], DTYPE)
     for i in range(iterations):
-        m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
-        mask = m < end
-        here = (begin, m, mask, inner)
-        mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
-        logvar_tile = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
+        here = tile_at(begin, i, None, count, inner, WIDTH, LANES, LANE_ALIGNED)
+        mean_tile = load(mean_ptr, mean, row_start(row, mean), here, ALIGNED, DTYPE)
+        logvar_tile = load(logvar_ptr, logvar, row_start(row, logvar), here, ALIGNED, DTYPE)
         _, less_one, phi = exponentials(0.5 * logvar_tile, False)
         total += tl.fma(mean_tile, mean_tile, phi)
         if grad_mean_ptr is not None:
             to_logvar = (0.5 * weight) * expm1_of_double(less_one)
-            store(grad_mean_ptr, grad_mean, row * grad_mean.row, here, weight * mean_tile, ALIGNED)
-            store(grad_logvar_ptr, grad_logvar, row * grad_logvar.row, here, to_logvar, ALIGNED)
+            store(
+                grad_mean_ptr,
+                grad_mean,
+                row_start(row, grad_mean),
+                here,
+                weight * mean_tile,
+                ALIGNED,
+            )
+            store(
+                grad_logvar_ptr, grad_logvar, row_start(row, grad_logvar), here, to_logvar, ALIGNED
+            )
     tl.store(
         kl_ptr + (row * splits + split), 0.5 * add_columns(total, ROWS, WIDTH, LANES), mask=valid
     )
@@ -80,6 +85,8 @@ def elbo_kernel(
     recon,
     recon_logvar_ptr,
     recon_logvar,
+    mask_ptr,
+    mask,
     ll_ptr,
     grad_recon_ptr,
     grad_recon,
@@ -100,6 +107,9 @@ def elbo_kernel(
     ll_scale: tl.int64,
     recon_programs: tl.int64,
     recon_logvar_value: tl.int64,
+    floor: tl.int64,
+    clamp_min: tl.int64,
+    clamp_max: tl.int64,
     recon_grad_scale: tl.int64,
     recon_rows: tl.int64,
     recon_batch: tl.int64,
@@ -115,6 +125,9 @@ def elbo_kernel(
     latent_splits: tl.int32,
     LOGVAR_GRADIENT: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
+    SCALE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    FLOOR: tl.constexpr,
     RECON_ROWS: tl.constexpr,
     RECON_WIDTH: tl.constexpr,
     RECON_LANE_ALIGNED: tl.constexpr,
@@ -124,22 +137,26 @@ def elbo_kernel(
     RECON_LANES: tl.constexpr,
     LATENT_LANES: tl.constexpr,
     RECON_ALIGNED: tl.constexpr,
+    RECON_MASK_ALIGNED: tl.constexpr,
     LATENT_ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Sums per row and program to ll and kl, and the gradients for an upstream gradient of 1."""
+    """Sums per row and program to ll and kl, and the gradients for an upstream gradient of 1. Mask
+    and scale parametrization are the reconstruction's.
+    """
     program = tl.program_id(0).to(tl.int64)
     if program < recon_programs:
         likelihood_tiles(
             program,
             x_ptr, x, 0, recon_ptr, recon, 0, recon_logvar_ptr, recon_logvar, 0,
-            None, recon, 0, ll_ptr, recon, 0,
+            mask_ptr, mask, 0, None, recon, 0, ll_ptr, recon, 0,
             grad_recon_ptr, grad_recon, 0, grad_recon_logvar_ptr, grad_recon_logvar, 0,
-            recon_logvar_value, ll_scale, recon_grad_scale,
+            recon_logvar_value, floor, clamp_min, clamp_max, ll_scale, recon_grad_scale,
             recon_rows, recon_batch, recon_channels, recon_event, recon_inner,
             recon_iterations, recon_splits,
-            SAMPLE, LOGVAR_GRADIENT, SPLIT_ROWS,
-            RECON_ROWS, RECON_WIDTH, RECON_LANES, RECON_LANE_ALIGNED, RECON_ALIGNED, DTYPE,
+            SAMPLE, LOGVAR_GRADIENT, SPLIT_ROWS, SCALE, CLAMP, FLOOR,
+            RECON_ROWS, RECON_WIDTH, RECON_LANES, RECON_LANE_ALIGNED, RECON_ALIGNED,
+            RECON_MASK_ALIGNED, DTYPE,
         )  # fmt: skip
     else:
         if mean_ptr is not None:

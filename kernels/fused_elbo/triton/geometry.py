@@ -26,9 +26,14 @@ _MAX_ITERATIONS = 8
 _MAX_PLANE = 2**31 - 2 * TILE * _MAX_ITERATIONS  # what 32-bit positions inside an event can reach
 
 
+#: Strides reach the kernels multiplied by this. Triton compiles anew for an integer that is 1 and
+#: for one that is divisible by 16, which a batch of one would make of strides that mean nothing.
+STRIDE_SCALE = 16
+
+
 class Layout(NamedTuple):
     """A tensor next to its pointer: compile-time kind, and strides in elements. A tuple argument of
-    the kernels.
+    the kernels (there with strides times `STRIDE_SCALE`).
     """
 
     kind: Any
@@ -142,8 +147,10 @@ class Arrangement(NamedTuple):
     """Tensors ``[samples, batch, *event]`` as a kernel takes them, dimensions merged.
 
     ``rows`` are numbered over samples, batch and channels; `split` says that a kernel has to take a
-    row's number apart. ``tensors`` and ``layouts`` have the same keys; where a copy was made the
-    copy is in ``tensors``, and ``write_back`` holds (output, the copy to read it from).
+    row's number apart. ``aligned``: groups of every tensor but the mask can be accessed at once;
+    ``mask_aligned``: those of the mask. ``tensors`` and ``layouts`` have the same keys; where a
+    copy was made the copy is in ``tensors``, and ``write_back`` holds (output, the copy to read it
+    from).
     """
 
     tensors: dict[str, Tensor | None]
@@ -156,6 +163,7 @@ class Arrangement(NamedTuple):
     inner: int
     split: bool
     aligned: bool
+    mask_aligned: bool
     write_back: list[tuple[Tensor, Tensor]]
 
     def finish(self) -> None:
@@ -179,7 +187,8 @@ def arrange(
     fit.
 
     Args:
-        tensors: by name; None stays None. Any dimension may be expanded.
+        tensors: by name; None stays None. Any dimension may be expanded. A mask is uint8, and the
+            only one of that dtype.
         outputs: names of tensors that are written.
         group: elements that a 16-byte access moves, or that share a noise group.
         samples_apart: the kernel itself loops over samples, whose number may differ between
@@ -245,13 +254,17 @@ def _arrange_in_place(
         or all(t.stride(0) == batch * t.stride(1) for t in present.values())
     )
     layouts, sample_strides = {}, {}
-    aligned = event % group == 0
+    aligned = mask_aligned = event % group == 0
     for (name, t), layout, channel in zip(present.items(), flat.layouts, channel_strides):
         row = t.stride(0) if batch == 1 and samples > 1 else t.stride(1)
         layouts[name] = layout = layout._replace(row=row, channel=channel[0] if channel else 0)
         sample_strides[name] = t.stride(0) if t.shape[0] > 1 else 0
         steps = [sample_strides[name], row, layout.channel, layout.outer]
-        aligned = aligned and _is_aligned(t, layout.kind, steps, flat.inner % group == 0)
+        wide = _is_aligned(t, layout.kind, steps, flat.inner % group == 0, group)
+        if t.dtype == torch.uint8:
+            mask_aligned = mask_aligned and wide
+        else:
+            aligned = aligned and wide
     return Arrangement(
         tensors=tensors,
         layouts={name: layouts.get(name, ABSENT) for name in tensors},
@@ -263,17 +276,23 @@ def _arrange_in_place(
         inner=flat.inner if event <= _MAX_PLANE else 1,
         split=channels > 1 or not joint,
         aligned=aligned,
+        mask_aligned=mask_aligned,
         write_back=[],
     )
 
 
-def _is_aligned(tensor: Tensor, kind: int, steps: list[int], whole_groups: bool) -> bool:
-    """Whether every group of elements of this tensor lies at an address divisible by 16."""
+def _is_aligned(
+    tensor: Tensor, kind: int, steps: list[int], whole_groups: bool, group: int
+) -> bool:
+    """Whether every group of elements of this tensor lies at an address divisible by its size, or
+    by 16 bytes if it is larger.
+    """
     if kind in (CONSTANT, PLANE):
         return True  # read element by element in any case
-    if any(step * tensor.element_size() % 16 for step in steps) or (
+    size = min(16, group * tensor.element_size())
+    if any(step * tensor.element_size() % size for step in steps) or (
         kind == UNIT_PLANE and not whole_groups
     ):
         return False
     start = tensor.storage_offset() * tensor.element_size() if tensor.is_meta else tensor.data_ptr()
-    return start % 16 == 0
+    return start % size == 0

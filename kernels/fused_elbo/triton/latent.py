@@ -7,8 +7,9 @@
 
 Kingma and Welling, "Auto-Encoding Variational Bayes", arXiv:1312.6114. Forward reads mean and
 logvar and writes z: 12 bytes per float32 element. Backward draws eps again and moves 20. What is
-absent (prior, clamp, z, KL, samples) is absent from the compiled code: one kernel, compile-time
-policies.
+absent (prior, scale parametrization, clamp, mask, z, KL, samples) is absent from the compiled code:
+one kernel, compile-time policies. A plain scale (code 0) is logvar itself, with a hard clamp of the
+posterior's own.
 
 A row is processed in groups of LANES elements that begin where the flat index of the noise contract
 is a multiple of LANES, so that each Philox counter is computed once. Where LANES does not divide
@@ -23,7 +24,23 @@ import triton.language as tl
 
 from .formulas import clamp, expm1_of_double, exponential, exponentials, from_bits
 from .noise import load_key, normals
-from .tiles import CONSTANT, NONE, OFF, SAMPLE, TOTAL, add_columns, first_row, kernel, load, store
+from .scale import PLAIN, scale_numbers, scale_terms, through
+from .tiles import (
+    CONSTANT,
+    NONE,
+    OFF,
+    SAMPLE,
+    TOTAL,
+    add_columns,
+    counted,
+    first_row,
+    kept,
+    kernel,
+    load,
+    row_start,
+    store,
+    tile_at,
+)
 
 
 @triton.jit
@@ -58,18 +75,6 @@ def locate(
 
 
 @triton.jit
-def inside(m, low, high, LANES: tl.constexpr, LANE_ALIGNED: tl.constexpr):
-    """Which elements of a tile exist. Where LANES divides the event, whole groups do or do not: one
-    predicate each.
-    """
-    if LANE_ALIGNED:
-        # Rounding what is a multiple already tells the compiler so.
-        return m < (high // LANES) * LANES
-    else:
-        return (m >= low) & (m < high)
-
-
-@triton.jit
 def noise_groups(group, i, WIDTH: tl.constexpr, LANES: tl.constexpr):
     """The noise groups of tile i, [ROWS, WIDTH / LANES]."""
     PER_TILE: tl.constexpr = WIDTH // LANES
@@ -86,13 +91,15 @@ def latent_forward_kernel(
     prior_mean,
     prior_logvar_ptr,
     prior_logvar,
+    mask_ptr,
+    mask,
     z_ptr,
     z,
     kl_ptr,
     kl,
     seed_ptr,
     seed_value: tl.int64,
-    stream: tl.int64,
+    noise_stream: tl.int64,
     row_offset: tl.int64,
     samples: tl.int32,
     z_sample: tl.int64,
@@ -101,11 +108,14 @@ def latent_forward_kernel(
     inner: tl.int32,
     iterations: tl.int32,
     splits: tl.int32,
+    floor: tl.int64,
     clamp_min: tl.int64,
     clamp_max: tl.int64,
     kl_scale: tl.int64,
     REDUCTION: tl.constexpr,
+    SCALE: tl.constexpr,
     CLAMP: tl.constexpr,
+    FLOOR: tl.constexpr,
     BOUNDED: tl.constexpr,
     MANY_SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -113,6 +123,7 @@ def latent_forward_kernel(
     LANES: tl.constexpr,
     LANE_ALIGNED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    MASK_ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """z, and the KL per element, or its sums per program: [rows, splits] for SAMPLE, [programs] for
@@ -123,42 +134,55 @@ def latent_forward_kernel(
         program, row_offset, rows, event, iterations, splits, ROWS, WIDTH, LANES, LANE_ALIGNED
     )
     if z_ptr is not None:
-        key = load_key(seed_ptr, seed_value, stream)
-    if CLAMP:
+        key = load_key(seed_ptr, seed_value, noise_stream)
+    if SCALE != PLAIN:
+        numbers = scale_numbers(floor, clamp_min, clamp_max, DTYPE)
+    elif CLAMP:
         lowest = from_bits(clamp_min, DTYPE)
         highest = from_bits(clamp_max, DTYPE)
     scale = from_bits(kl_scale, DTYPE)
     total = tl.zeros([ROWS, WIDTH], DTYPE)
 
     for i in range(iterations):
-        m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
-        mask = inside(m, low, high, LANES, LANE_ALIGNED)
-        here = (begin, m, mask, inner)
-        mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
-        logvar_tile = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
-        if CLAMP:
+        here = tile_at(begin, i, low, high, inner, WIDTH, LANES, LANE_ALIGNED)
+        takes_part = counted(mask_ptr, mask, row_start(row, mask), here, MASK_ALIGNED, LANES)
+        mean_tile = load(mean_ptr, mean, row_start(row, mean), here, ALIGNED, DTYPE)
+        logvar_tile = load(logvar_ptr, logvar, row_start(row, logvar), here, ALIGNED, DTYPE)
+        if SCALE != PLAIN:
+            logvar_tile, _ = scale_terms(logvar_tile, numbers, SCALE, CLAMP, FLOOR)
+        elif CLAMP:
             logvar_tile = clamp(logvar_tile, lowest, highest)
         std, _, phi = exponentials(0.5 * logvar_tile, BOUNDED)
 
         if REDUCTION != OFF:
             if prior_mean_ptr is not None:
                 prior_mean_tile = load(
-                    prior_mean_ptr, prior_mean, row * prior_mean.row, here, ALIGNED, DTYPE
+                    prior_mean_ptr, prior_mean, row_start(row, prior_mean), here, ALIGNED, DTYPE
                 )
                 prior_logvar_tile = load(
-                    prior_logvar_ptr, prior_logvar, row * prior_logvar.row, here, ALIGNED, DTYPE
+                    prior_logvar_ptr,
+                    prior_logvar,
+                    row_start(row, prior_logvar),
+                    here,
+                    ALIGNED,
+                    DTYPE,
                 )
+                if SCALE != PLAIN:
+                    prior_logvar_tile, _ = scale_terms(
+                        prior_logvar_tile, numbers, SCALE, CLAMP, FLOOR
+                    )
                 _, _, phi = exponentials(0.5 * (logvar_tile - prior_logvar_tile), False)
                 distance = mean_tile - prior_mean_tile
                 nats = tl.fma(distance * distance, exponential(-prior_logvar_tile), phi)
             else:
                 nats = tl.fma(mean_tile, mean_tile, phi)
             if REDUCTION == NONE:
-                store(kl_ptr, kl, row * kl.row, here, scale * nats, ALIGNED)
-            elif CLAMP:
-                total += tl.where(mask, nats, 0.0)
+                nats = kept(scale * nats, takes_part, mask_ptr)
+                store(kl_ptr, kl, row_start(row, kl), here, nats, ALIGNED)
+            elif SCALE != PLAIN or CLAMP or mask_ptr is not None:
+                total += tl.where(takes_part, nats, 0.0)
             else:
-                total += nats  # what is masked out was loaded as 0 and has KL 0
+                total += nats  # what does not exist was loaded as 0 and has KL 0
 
         if z_ptr is not None:
             groups = noise_groups(group, i, WIDTH, LANES)
@@ -166,12 +190,14 @@ def latent_forward_kernel(
                 for k in range(samples):
                     index = k + tl.full([], 0, tl.int64)  # a tensor under the interpreter too
                     eps = normals(groups, index.to(tl.uint32), key, ROWS, WIDTH, LANES, DTYPE)
-                    sample_row = index * z_sample + row * z.row
-                    store(z_ptr, z, sample_row, here, tl.fma(std, eps, mean_tile), ALIGNED)
+                    sample = kept(tl.fma(std, eps, mean_tile), takes_part, mask_ptr)
+                    sample_row = index * z_sample + row_start(row, z)
+                    store(z_ptr, z, sample_row, here, sample, ALIGNED)
             else:
                 first = tl.full([], 0, tl.uint32)
                 eps = normals(groups, first, key, ROWS, WIDTH, LANES, DTYPE)
-                store(z_ptr, z, row * z.row, here, tl.fma(std, eps, mean_tile), ALIGNED)
+                sample = kept(tl.fma(std, eps, mean_tile), takes_part, mask_ptr)
+                store(z_ptr, z, row_start(row, z), here, sample, ALIGNED)
 
     if REDUCTION == SAMPLE:
         per_row = add_columns(total, ROWS, WIDTH, LANES) * scale
@@ -193,6 +219,8 @@ def latent_backward_kernel(
     prior_mean,
     prior_logvar_ptr,
     prior_logvar,
+    mask_ptr,
+    mask,
     grad_z_ptr,
     grad_z,
     grad_kl_ptr,
@@ -207,7 +235,7 @@ def latent_backward_kernel(
     grad_prior_logvar,
     seed_ptr,
     seed_value: tl.int64,
-    stream: tl.int64,
+    noise_stream: tl.int64,
     row_offset: tl.int64,
     samples: tl.int32,
     grad_z_sample: tl.int64,
@@ -216,10 +244,13 @@ def latent_backward_kernel(
     inner: tl.int32,
     iterations: tl.int32,
     splits: tl.int32,
+    floor: tl.int64,
     clamp_min: tl.int64,
     clamp_max: tl.int64,
     kl_scale: tl.int64,
+    SCALE: tl.constexpr,
     CLAMP: tl.constexpr,
+    FLOOR: tl.constexpr,
     BOUNDED: tl.constexpr,
     MANY_SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -227,6 +258,7 @@ def latent_backward_kernel(
     LANES: tl.constexpr,
     LANE_ALIGNED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    MASK_ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """The gradients of mean, logvar and the prior from grad_z and grad_kl, either of which may be
@@ -237,22 +269,27 @@ def latent_backward_kernel(
         program, row_offset, rows, event, iterations, splits, ROWS, WIDTH, LANES, LANE_ALIGNED
     )
     if grad_z_ptr is not None:
-        key = load_key(seed_ptr, seed_value, stream)
-    if CLAMP:
+        key = load_key(seed_ptr, seed_value, noise_stream)
+    if SCALE != PLAIN:
+        numbers = scale_numbers(floor, clamp_min, clamp_max, DTYPE)
+    elif CLAMP:
         lowest = from_bits(clamp_min, DTYPE)
         highest = from_bits(clamp_max, DTYPE)
     if grad_kl_ptr is not None:
         g = from_bits(kl_scale, DTYPE)
         if grad_kl.kind == CONSTANT:
-            g *= tl.load(grad_kl_ptr + row * grad_kl.row, mask=row < rows, other=0.0).to(DTYPE)
+            g *= tl.load(grad_kl_ptr + row_start(row, grad_kl), mask=row < rows, other=0.0).to(
+                DTYPE
+            )
 
     for i in range(iterations):
-        m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
-        mask = inside(m, low, high, LANES, LANE_ALIGNED)
-        here = (begin, m, mask, inner)
-        raw_logvar = load(logvar_ptr, logvar, row * logvar.row, here, ALIGNED, DTYPE)
+        here = tile_at(begin, i, low, high, inner, WIDTH, LANES, LANE_ALIGNED)
+        takes_part = counted(mask_ptr, mask, row_start(row, mask), here, MASK_ALIGNED, LANES)
+        raw_logvar = load(logvar_ptr, logvar, row_start(row, logvar), here, ALIGNED, DTYPE)
         logvar_tile = raw_logvar
-        if CLAMP:
+        if SCALE != PLAIN:
+            logvar_tile, slope = scale_terms(raw_logvar, numbers, SCALE, CLAMP, FLOOR)
+        elif CLAMP:
             logvar_tile = clamp(raw_logvar, lowest, highest)
         std, less_one, _ = exponentials(0.5 * logvar_tile, BOUNDED)
         to_mean = tl.zeros([ROWS, WIDTH], DTYPE)
@@ -264,29 +301,38 @@ def latent_backward_kernel(
                 for k in range(samples):
                     index = k + tl.full([], 0, tl.int64)  # a tensor under the interpreter too
                     eps = normals(groups, index.to(tl.uint32), key, ROWS, WIDTH, LANES, DTYPE)
-                    sample_row = index * grad_z_sample + row * grad_z.row
+                    sample_row = index * grad_z_sample + row_start(row, grad_z)
                     upstream = load(grad_z_ptr, grad_z, sample_row, here, ALIGNED, DTYPE)
                     to_mean += upstream
                     to_logvar = tl.fma(upstream, eps, to_logvar)
             else:
                 first = tl.full([], 0, tl.uint32)
                 eps = normals(groups, first, key, ROWS, WIDTH, LANES, DTYPE)
-                to_mean = load(grad_z_ptr, grad_z, row * grad_z.row, here, ALIGNED, DTYPE)
+                to_mean = load(grad_z_ptr, grad_z, row_start(row, grad_z), here, ALIGNED, DTYPE)
                 to_logvar = to_mean * eps
             to_logvar = (0.5 * std) * to_logvar
 
         if grad_kl_ptr is not None:
             weight = g
             if grad_kl.kind != CONSTANT:
-                weight *= load(grad_kl_ptr, grad_kl, row * grad_kl.row, here, ALIGNED, DTYPE)
-            mean_tile = load(mean_ptr, mean, row * mean.row, here, ALIGNED, DTYPE)
+                weight *= load(grad_kl_ptr, grad_kl, row_start(row, grad_kl), here, ALIGNED, DTYPE)
+            mean_tile = load(mean_ptr, mean, row_start(row, mean), here, ALIGNED, DTYPE)
             if prior_mean_ptr is not None:
                 prior_mean_tile = load(
-                    prior_mean_ptr, prior_mean, row * prior_mean.row, here, ALIGNED, DTYPE
+                    prior_mean_ptr, prior_mean, row_start(row, prior_mean), here, ALIGNED, DTYPE
                 )
                 prior_logvar_tile = load(
-                    prior_logvar_ptr, prior_logvar, row * prior_logvar.row, here, ALIGNED, DTYPE
+                    prior_logvar_ptr,
+                    prior_logvar,
+                    row_start(row, prior_logvar),
+                    here,
+                    ALIGNED,
+                    DTYPE,
                 )
+                if SCALE != PLAIN:
+                    prior_logvar_tile, prior_slope = scale_terms(
+                        prior_logvar_tile, numbers, SCALE, CLAMP, FLOOR
+                    )
                 distance = mean_tile - prior_mean_tile
                 pull = distance * exponential(-prior_logvar_tile)
                 _, less_one, _ = exponentials(0.5 * (logvar_tile - prior_logvar_tile), False)
@@ -297,25 +343,33 @@ def latent_backward_kernel(
             to_mean = tl.fma(weight, pull, to_mean)
             to_logvar = tl.fma(0.5 * weight, excess, to_logvar)
             if grad_prior_mean_ptr is not None:
+                to_prior_mean = kept(-weight * pull, takes_part, mask_ptr)
                 to_prior_logvar = (-0.5 * weight) * tl.fma(distance, pull, excess)
+                if SCALE != PLAIN:
+                    to_prior_logvar = through(prior_slope, to_prior_logvar)
+                to_prior_logvar = kept(to_prior_logvar, takes_part, mask_ptr)
                 store(
                     grad_prior_mean_ptr,
                     grad_prior_mean,
-                    row * grad_prior_mean.row,
+                    row_start(row, grad_prior_mean),
                     here,
-                    -weight * pull,
+                    to_prior_mean,
                     ALIGNED,
                 )
                 store(
                     grad_prior_logvar_ptr,
                     grad_prior_logvar,
-                    row * grad_prior_logvar.row,
+                    row_start(row, grad_prior_logvar),
                     here,
                     to_prior_logvar,
                     ALIGNED,
                 )
 
-        if CLAMP:
+        if SCALE != PLAIN:
+            to_logvar = through(slope, to_logvar)
+        elif CLAMP:
             to_logvar = tl.where((raw_logvar >= lowest) & (raw_logvar <= highest), to_logvar, 0.0)
-        store(grad_mean_ptr, grad_mean, row * grad_mean.row, here, to_mean, ALIGNED)
-        store(grad_logvar_ptr, grad_logvar, row * grad_logvar.row, here, to_logvar, ALIGNED)
+        to_mean = kept(to_mean, takes_part, mask_ptr)
+        to_logvar = kept(to_logvar, takes_part, mask_ptr)
+        store(grad_mean_ptr, grad_mean, row_start(row, grad_mean), here, to_mean, ALIGNED)
+        store(grad_logvar_ptr, grad_logvar, row_start(row, grad_logvar), here, to_logvar, ALIGNED)

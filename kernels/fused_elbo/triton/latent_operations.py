@@ -5,12 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..parametrization import PLAIN, ScaleParams
 from ..reference import accumulate_dtype
-from ..schemas import BATCHMEAN, FAKES, NO_CLAMP, NONE, OFF, SAMPLE, halves, nats_like
+from ..schemas import BATCHMEAN, FAKES, NO_CLAMP, NONE, OFF, SAMPLE, halves
 from .formulas import BOUNDED_HALF_LOGVAR
 from .geometry import Arrangement, Division, arrange, divide, lanes
 from .latent import latent_backward_kernel, latent_forward_kernel
-from .launch import Sums, bits, empty_sum, kernel_reduction, launch, operand, triton_dtype
+from .launch import (
+    Sums,
+    bits,
+    empty_sum,
+    kernel_reduction,
+    launch,
+    mask_bytes,
+    operand,
+    scale_arguments,
+    triton_dtype,
+)
 from .noise import fold_seed_kernel, noise_words_kernel
 
 
@@ -20,24 +31,24 @@ def latent_forward(
     prior_mean: Tensor | None,
     prior_logvar: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None = None,
     seed_value: int = 0,
     stream: int = 0,
     row_offset: int = 0,
     num_samples: int = 0,
     chunk_dim: int = -1,
+    scale: int = PLAIN,
+    floor: float = 0.0,
     clamp_min: float = -NO_CLAMP,
     clamp_max: float = NO_CLAMP,
     want_z: bool = True,
     reduction: int = SAMPLE,
 ) -> tuple[Tensor, Tensor]:
+    z, kl = FAKES["latent_forward"](
+        mean, logvar, prior_mean, prior_logvar, seed, mask, seed_value, stream, row_offset,
+        num_samples, chunk_dim, scale, floor, clamp_min, clamp_max, want_z, reduction,
+    )  # fmt: skip
     mean, logvar = halves(mean, logvar, chunk_dim)
-    if not want_z:
-        z = mean.new_empty(0)
-    elif num_samples:
-        z = mean.new_empty((num_samples, *mean.shape))
-    else:
-        z = torch.empty_like(mean)
-    kl = nats_like(mean, 1, reduction)
     if mean.numel() == 0:
         return z, empty_sum(kl, mean.shape[0], reduction)
 
@@ -47,6 +58,7 @@ def latent_forward(
             "logvar": logvar[None],
             "prior_mean": _lead(prior_mean),
             "prior_logvar": _lead(prior_logvar),
+            "mask": _lead(mask_bytes(mask)),
             "z": None if not want_z else z if num_samples else z[None],
             "kl": kl[None] if reduction == NONE else None,
         },
@@ -55,7 +67,7 @@ def latent_forward(
         samples_apart=True,
     )
     division = divide(arranged.event, lanes(mean.dtype))
-    scale = 0.5 / mean.shape[0] if reduction == BATCHMEAN else 0.5
+    kl_scale = 0.5 / mean.shape[0] if reduction == BATCHMEAN else 0.5
     sums = Sums(kl, reduction, arranged.rows, division)
     tensors = {**arranged.tensors, "kl": sums.parts} if sums.parts is not None else arranged.tensors
     launch(
@@ -65,9 +77,9 @@ def latent_forward(
         **_operands(tensors, arranged),
         **_numbers(arranged, division, seed, seed_value, stream, row_offset, num_samples),
         z_sample=arranged.sample_strides["z"],
-        kl_scale=bits(scale),
+        kl_scale=bits(kl_scale),
         REDUCTION=kernel_reduction(reduction),
-        **_clamp(clamp_min, clamp_max),
+        **_scale(ScaleParams(scale, floor, clamp_min, clamp_max)),
         MANY_SAMPLES=num_samples > 1,
         **_tile(arranged, division, mean.dtype),
     )
@@ -84,19 +96,23 @@ def latent_backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None = None,
     seed_value: int = 0,
     stream: int = 0,
     row_offset: int = 0,
     num_samples: int = 0,
     chunk_dim: int = -1,
+    scale: int = PLAIN,
+    floor: float = 0.0,
     clamp_min: float = -NO_CLAMP,
     clamp_max: float = NO_CLAMP,
     reduction: int = SAMPLE,
     want_prior: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor, Tensor] = FAKES["latent_backward"](
-        mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, seed_value, stream,
-        row_offset, num_samples, chunk_dim, clamp_min, clamp_max, reduction, want_prior,
+        mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, mask, seed_value, stream,
+        row_offset, num_samples, chunk_dim, scale, floor, clamp_min, clamp_max, reduction,
+        want_prior,
     )  # fmt: skip
     if mean.numel() == 0:
         return grads
@@ -118,6 +134,7 @@ def latent_backward(
             "logvar": logvar[None],
             "prior_mean": _lead(prior_mean),
             "prior_logvar": _lead(prior_logvar),
+            "mask": _lead(mask_bytes(mask)),
             "grad_z": grad_z,
             "grad_kl": _lead(grad_kl),
             "grad_mean": grad_mean[None],
@@ -143,7 +160,7 @@ def latent_backward(
         **_numbers(arranged, division, seed, seed_value, stream, row_offset, num_samples),
         grad_z_sample=arranged.sample_strides["grad_z"],
         kl_scale=bits(1.0 / mean.shape[0] if reduction == BATCHMEAN else 1.0),
-        **_clamp(clamp_min, clamp_max),
+        **_scale(ScaleParams(scale, floor, clamp_min, clamp_max)),
         MANY_SAMPLES=num_samples > 1,
         **_tile(arranged, division, mean.dtype),
     )
@@ -174,7 +191,7 @@ def _numbers(
     return {
         "seed_ptr": seed,
         "seed_value": seed_value,
-        "stream": stream,
+        "noise_stream": stream,
         "row_offset": row_offset,
         "samples": max(num_samples, 1),
         "rows": arranged.rows,
@@ -185,16 +202,11 @@ def _numbers(
     }
 
 
-def _clamp(lowest: float, highest: float) -> dict[str, object]:
-    clamp = lowest > -NO_CLAMP or highest < NO_CLAMP
-    return {
-        "clamp_min": bits(lowest),
-        "clamp_max": bits(highest),
-        "CLAMP": clamp,
-        "BOUNDED": clamp
-        and lowest >= -2 * BOUNDED_HALF_LOGVAR
-        and highest <= 2 * BOUNDED_HALF_LOGVAR,
-    }
+def _scale(scale: ScaleParams) -> dict[str, object]:
+    arguments = scale_arguments(scale)
+    largest = 2 * BOUNDED_HALF_LOGVAR
+    bounded = -largest <= scale.clamp_min and scale.clamp_max <= largest
+    return {**arguments, "BOUNDED": scale.code == PLAIN and arguments["CLAMP"] and bounded}
 
 
 def _tile(arranged: Arrangement, division: Division, dtype: torch.dtype) -> dict[str, object]:
@@ -204,6 +216,7 @@ def _tile(arranged: Arrangement, division: Division, dtype: torch.dtype) -> dict
         "LANES": lanes(dtype),
         "LANE_ALIGNED": arranged.event % lanes(dtype) == 0,
         "ALIGNED": arranged.aligned,
+        "MASK_ALIGNED": arranged.mask_aligned,
         "DTYPE": triton_dtype(accumulate_dtype(dtype)),
     }
 
@@ -223,7 +236,7 @@ def noise_words(seed: Tensor, stream: int, sample: int, first: int, count: int) 
             seed.device,
             seed_ptr=seed,
             words_ptr=words,
-            stream=stream,
+            noise_stream=stream,
             sample=sample,
             first=first,
             count=count,

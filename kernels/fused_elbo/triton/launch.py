@@ -17,7 +17,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..schemas import BATCHMEAN, SAMPLE, SUM
+from ..parametrization import PLAIN, SOFT, VAR, ScaleParams
+from ..schemas import BATCHMEAN, NO_CLAMP, SAMPLE, SUM
 from . import geometry
 from .reduction import add_blocks_kernel, add_rows_kernel
 
@@ -91,7 +92,28 @@ def triton_dtype(accumulate: torch.dtype) -> Any:
 
 def operand(name: str, tensor: Tensor | None, layout: geometry.Layout) -> dict[str, Any]:
     """The two arguments that stand for a tensor: its pointer and its layout."""
-    return {f"{name}_ptr": tensor, name: layout._replace(kind=tl.constexpr(layout.kind))}
+    kind, *strides = layout
+    scaled = [stride * geometry.STRIDE_SCALE for stride in strides]
+    return {f"{name}_ptr": tensor, name: geometry.Layout(tl.constexpr(kind), *scaled)}
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as the kernels read it."""
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def scale_arguments(scale: ScaleParams) -> dict[str, Any]:
+    """A parametrization: numbers, and what of it is compiled in."""
+    code, floor, lowest, highest = scale
+    clamp = lowest > -NO_CLAMP or highest < NO_CLAMP
+    return {
+        "floor": bits(floor),
+        "clamp_min": bits(lowest),
+        "clamp_max": bits(highest),
+        "SCALE": code,
+        "CLAMP": clamp and code < SOFT,
+        "FLOOR": floor > 0 and code % SOFT not in (PLAIN, VAR),
+    }
 
 
 def power_of_two(n: int) -> int:

@@ -21,12 +21,13 @@ def register() -> None:
     interpreter. Imports Triton.
     """
     global _library
-    from . import latent_operations, likelihood_operations
+    from . import elbo_operations, latent_operations, likelihood_operations
 
     _library = torch.library.Library(NAMESPACE, "DEF")
     keys = ("CUDA", "CPU") if interpreting() else ("CUDA",)
     for name, schema in SCHEMAS.items():
-        module = latent_operations if hasattr(latent_operations, name) else likelihood_operations
+        modules = (latent_operations, likelihood_operations, elbo_operations)
+        (operation,) = {vars(module)[name] for module in modules if name in vars(module)}
         _library.define(name + schema)
         for key in keys:
-            _library.impl(name, getattr(module, name), key)
+            _library.impl(name, operation, key)

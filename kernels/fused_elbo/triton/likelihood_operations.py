@@ -1,6 +1,4 @@
-"""The raw operations that contain a likelihood: outputs allocated, arguments laid out, kernels
-launched.
-"""
+"""The raw operations of the likelihood: outputs allocated, arguments laid out, kernels launched."""
 
 from __future__ import annotations
 
@@ -10,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parametrization import PLAIN, PLAIN_SCALE, ScaleParams
 from ..reference import accumulate_dtype
-from ..schemas import BATCHMEAN, FAKES, NONE, OFF, SAMPLE, nats_like
-from .elbo import elbo_finish_kernel, elbo_kernel
-from .geometry import ABSENT, NOT_WANTED, PER_ELEMENT, PER_ROW, arrange, divide, lanes, memory_order
+from ..schemas import BATCHMEAN, FAKES, NO_CLAMP, NONE, OFF, SAMPLE, nats_like
+from .geometry import NOT_WANTED, PER_ELEMENT, PER_ROW, arrange, divide, lanes, memory_order
 from .launch import (
     Sums,
-    add_all,
     bits,
     empty_sum,
     kernel_reduction,
     launch,
+    mask_bytes,
     operand,
-    row_tile,
+    scale_arguments,
     triton_dtype,
 )
 from .likelihood import likelihood_kernel
@@ -32,7 +30,7 @@ _MIN_SHARED_RUN = (
 )
 
 
-class _Likelihood:
+class Likelihood:
     """One likelihood laid out for the kernels: arguments, and what to do once they have run."""
 
     def __init__(
@@ -42,18 +40,21 @@ class _Likelihood:
         logvar: Tensor | None,
         logvar_value: float,
         batch_dims: int,
+        mask: Tensor | None,
+        scale: ScaleParams,
         ll: Tensor | None = None,
         grad: Tensor | None = None,
         grad_mean: Tensor | None = None,
         grad_logvar: Tensor | None = None,
     ) -> None:
         """``ll`` is given where it is wanted per element; all but logvar and its gradient have the
-        shape of mean.
+        shape of mean, and with a scale other than plain so has logvar.
         """
         self.device, self.dtype = mean.device, accumulate_dtype(mean.dtype)
         self.squeeze = batch_dims == 1
         self.logvar, self.grad_logvar = logvar, grad_logvar
         self.logvar_value = logvar_value
+        self.scale = scale if scale.code != PLAIN else PLAIN_SCALE
         self.lanes = lanes(mean.dtype)
         self.shape = self._lead(mean).shape
         self.order = memory_order(self._lead(mean))
@@ -64,8 +65,8 @@ class _Likelihood:
         )
         target = None
         if grad_logvar is not None and not shared:
-            if grad_logvar.numel() == mean.numel():
-                target = grad_logvar.view(mean.shape)
+            if grad_logvar.shape == mean.shape:
+                target = grad_logvar
             else:
                 target = self.buffer = torch.empty_like(mean, dtype=self.dtype)
 
@@ -73,6 +74,7 @@ class _Likelihood:
             "x": x,
             "mean": mean,
             "logvar": None if logvar is None else logvar.expand(mean.shape),
+            "mask": mask_bytes(mask),
             "grad": grad,
             "ll": ll,
             "grad_mean": grad_mean,
@@ -140,6 +142,7 @@ class _Likelihood:
             "LANES": self.lanes,
             "LANE_ALIGNED": self.arranged.event % self.lanes == 0,
             "ALIGNED": self.arranged.aligned,
+            "MASK_ALIGNED": self.arranged.mask_aligned,
         }
 
     def finish(self) -> None:
@@ -167,16 +170,28 @@ def likelihood_forward(
     x: Tensor,
     mean: Tensor,
     logvar: Tensor | None,
-    logvar_value: float,
-    batch_dims: int,
-    reduction: int,
+    mask: Tensor | None = None,
+    logvar_value: float = 0.0,
+    batch_dims: int = 1,
+    reduction: int = SAMPLE,
+    scale: int = PLAIN,
+    floor: float = 0.0,
+    clamp_min: float = -NO_CLAMP,
+    clamp_max: float = NO_CLAMP,
 ) -> Tensor:
     ll = nats_like(mean, batch_dims, reduction)
     rows = math.prod(mean.shape[:batch_dims])
     if mean.numel() == 0:
         return empty_sum(ll, rows, reduction)
-    plan = _Likelihood(
-        x, mean, logvar, logvar_value, batch_dims, ll=ll if reduction == NONE else None
+    plan = Likelihood(
+        x,
+        mean,
+        logvar,
+        logvar_value,
+        batch_dims,
+        mask,
+        ScaleParams(scale, floor, clamp_min, clamp_max),
+        ll=ll if reduction == NONE else None,
     )
     sums = Sums(ll, reduction, plan.arranged.rows, plan.division)
     _launch(plan, reduction, sums.parts, ll_scale=1.0 / rows if reduction == BATCHMEAN else 1.0)
@@ -189,27 +204,34 @@ def likelihood_backward(
     x: Tensor,
     mean: Tensor,
     logvar: Tensor | None,
-    logvar_value: float,
-    batch_dims: int,
-    reduction: int,
     grad: Tensor,
     want_mean: bool,
     want_logvar: bool,
+    mask: Tensor | None = None,
+    logvar_value: float = 0.0,
+    batch_dims: int = 1,
+    reduction: int = SAMPLE,
+    scale: int = PLAIN,
+    floor: float = 0.0,
+    clamp_min: float = -NO_CLAMP,
+    clamp_max: float = NO_CLAMP,
 ) -> tuple[Tensor, Tensor]:
-    grad_mean = torch.empty_like(mean) if want_mean else mean.new_empty(0)
-    grad_logvar = (
-        logvar.new_empty(logvar.shape) if want_logvar and logvar is not None else mean.new_empty(0)
+    grads: tuple[Tensor, Tensor] = FAKES["likelihood_backward"](
+        x, mean, logvar, grad, want_mean, want_logvar
     )
+    grad_mean, grad_logvar = grads
     if mean.numel() == 0:
         return grad_mean, grad_logvar.zero_()
     if reduction != NONE:
         grad = grad.reshape(grad.shape + (1,) * (mean.dim() - grad.dim())).expand(mean.shape)
-    plan = _Likelihood(
+    plan = Likelihood(
         x,
         mean,
         logvar,
         logvar_value,
         batch_dims,
+        mask,
+        ScaleParams(scale, floor, clamp_min, clamp_max),
         grad=grad,
         grad_mean=grad_mean if want_mean else None,
         grad_logvar=grad_logvar if want_logvar and logvar is not None else None,
@@ -221,7 +243,7 @@ def likelihood_backward(
 
 
 def _launch(
-    plan: _Likelihood,
+    plan: Likelihood,
     reduction: int,
     ll: Tensor | None,
     ll_scale: float = 1.0,
@@ -238,6 +260,7 @@ def _launch(
         **arguments,
         **plan.numbers(),
         logvar_value=bits(plan.logvar_value),
+        **scale_arguments(plan.scale),
         ll_scale=bits(ll_scale),
         grad_scale=bits(grad_scale),
         REDUCTION=kernel_reduction(reduction),
@@ -246,153 +269,3 @@ def _launch(
         **plan.tile(),
         DTYPE=triton_dtype(plan.dtype),
     )
-
-
-def elbo_forward(
-    recon_x: Tensor,
-    x: Tensor,
-    recon_logvar: Tensor | None,
-    recon_logvar_value: float,
-    mean: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    beta: Tensor | None,
-    beta_value: float,
-    reduction: int,
-    want_grads: bool,
-) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = FAKES["elbo_forward"](
-        recon_x,
-        x,
-        recon_logvar,
-        recon_logvar_value,
-        mean,
-        logvar,
-        kl,
-        beta,
-        beta_value,
-        reduction,
-        want_grads,
-    )
-    loss, ll_out, kl_out, grad_recon, grad_recon_logvar, grad_mean, grad_logvar = outputs
-    rows = ll_out.shape[0]
-    if rows == 0:
-        grad_recon_logvar.zero_()
-        empty_sum(loss, rows, reduction)
-        return outputs
-    loss_scale = 1.0 / rows if reduction == BATCHMEAN else 1.0
-    dtype = triton_dtype(loss.dtype)
-    weights = {"beta_ptr": beta, "beta_value": bits(beta_value), "loss_scale": bits(loss_scale)}
-
-    recon = _Likelihood(
-        x,
-        recon_x,
-        recon_logvar,
-        recon_logvar_value,
-        1,
-        grad_mean=grad_recon if want_grads else None,
-        grad_logvar=grad_recon_logvar if want_grads and recon_logvar is not None else None,
-    )
-    latent = None
-    if mean is not None and logvar is not None and mean.numel():
-        latent = arrange(
-            {
-                "mean": mean[None],
-                "logvar": logvar[None],
-                "grad_mean": grad_mean[None] if want_grads else None,
-                "grad_logvar": grad_logvar[None] if want_grads else None,
-            },
-            frozenset({"grad_mean", "grad_logvar"}),
-            lanes(mean.dtype),
-            order=memory_order(mean[None]),
-        )
-    division = divide(0 if latent is None else latent.event, 1)
-    recon_programs = recon.programs if recon_x.numel() else 0
-    latent_programs = 0 if latent is None else division.programs(rows)
-    ll_parts = (
-        loss.new_empty(recon.arranged.rows * recon.division.splits)
-        if recon_programs
-        else loss.new_zeros(rows)
-    )
-    if latent_programs:
-        kl_parts = loss.new_empty(rows * division.splits)
-    else:
-        kl_parts = loss.new_zeros(rows) if kl is None else kl.contiguous()
-
-    if recon_programs + latent_programs:
-        arguments: dict[str, Any] = {}
-        names = {
-            "x": "x",
-            "mean": "recon",
-            "logvar": "recon_logvar",
-            "grad_mean": "grad_recon",
-            "grad_logvar": "grad_recon_logvar",
-        }
-        pointers = recon.pointers(None)
-        for name, here in names.items():
-            arguments.update(operand(here, pointers[name], recon.arranged.layouts[name]))
-        for name in ("mean", "logvar", "grad_mean", "grad_logvar"):
-            tensor, layout = (
-                (None, ABSENT) if latent is None else (latent.tensors[name], latent.layouts[name])
-            )
-            arguments.update(operand(name, tensor, layout))
-        latent_lanes = recon.lanes if mean is None else lanes(mean.dtype)
-        launch(
-            elbo_kernel,
-            recon_programs + latent_programs,
-            loss.device,
-            **arguments,
-            **weights,
-            ll_ptr=ll_parts,
-            kl_ptr=kl_parts,
-            ll_scale=bits(1.0),
-            recon_programs=recon_programs,
-            recon_logvar_value=bits(recon_logvar_value),
-            recon_grad_scale=bits(-loss_scale),
-            **{f"recon_{name}": value for name, value in recon.numbers().items()},
-            latent_rows=rows,
-            latent_event=0 if latent is None else latent.event,
-            latent_inner=1 if latent is None else latent.inner,
-            latent_iterations=division.iterations,
-            latent_splits=division.splits,
-            LOGVAR_GRADIENT=recon.gradient,
-            SPLIT_ROWS=recon.arranged.split,
-            **{f"RECON_{name}": value for name, value in recon.tile().items()},
-            LATENT_ROWS=division.rows,
-            LATENT_WIDTH=division.width,
-            LATENT_LANES=latent_lanes,
-            LATENT_LANE_ALIGNED=latent is not None and latent.event % latent_lanes == 0,
-            LATENT_ALIGNED=latent is not None and latent.aligned,
-            DTYPE=dtype,
-        )
-        recon.finish()
-        if latent is not None:
-            latent.finish()
-
-    ll_count, kl_count = ll_parts.numel() // rows, kl_parts.numel() // rows
-    tile_rows, _ = row_tile(max(ll_count, kl_count))
-    programs = -(-rows // tile_rows)
-    per_row = reduction in (NONE, SAMPLE)
-    losses = loss if per_row or programs == 1 else loss.new_empty(programs)
-    launch(
-        elbo_finish_kernel,
-        programs,
-        loss.device,
-        **weights,
-        ll_parts_ptr=ll_parts,
-        kl_parts_ptr=kl_parts,
-        loss_ptr=losses,
-        ll_ptr=ll_out,
-        kl_ptr=kl_out,
-        rows=rows,
-        ll_parts=ll_count,
-        kl_parts=kl_count,
-        PER_ROW_LOSS=per_row,
-        ROWS=tile_rows,
-        LL_WIDTH=row_tile(ll_count)[1],
-        KL_WIDTH=row_tile(kl_count)[1],
-        DTYPE=dtype,
-    )
-    if losses is not loss:
-        add_all(losses, loss)
-    return outputs

@@ -13,7 +13,7 @@ import math
 import triton
 import triton.language as tl
 
-from .formulas import polynomial
+from .formulas import logarithm_of_normal, polynomial
 from .tiles import kernel
 
 _SQRT_2 = math.sqrt(2.0)
@@ -21,24 +21,6 @@ _ROUND_32 = tl.constexpr(
     12582912.0
 )  # adding it rounds to an integer, whose lowest bit is that of the sum
 _ROUND_64 = tl.constexpr(6755399441055744.0)
-
-# (ln(1 + t) - t) / t**2 on [sqrt(1/2) - 1, sqrt(2) - 1], highest degree first.
-_LOG_32 = tl.constexpr(
-    (
-        0.087348409,
-        -0.143075213,
-        0.149179742,
-        -0.165705085,
-        0.199620724,
-        -0.250017554,
-        0.333339512,
-        -0.499999911,
-    )
-)
-_LN2_PER_EXPONENT_BIT_32 = tl.constexpr(math.log(2.0) * 2.0**-23)
-# (atanh(s) / s - 1) / s**2 in powers of s**2
-_ATANH_64 = tl.constexpr(tuple(1.0 / n for n in range(27, 1, -2)))
-_LN2_PER_EXPONENT_BIT_64 = tl.constexpr(math.log(2.0) * 2.0**-52)
 
 # sqrt(2) sin(pi y) / y and sqrt(2) cos(pi y), in powers of y**2, for |y| <= 1/2. The square root of
 # 2 is the radius's.
@@ -86,12 +68,7 @@ def philox(counter, sample, key):
 def box_muller_32(radius_word, angle_word):
     """Two float32 normals; within 4e-7 (1 + |normal|) of the formula's exact value."""
     u = tl.fma(radius_word.to(tl.float32), 2.0**-32, 2.0**-33)
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) & -0x00800000
-    t = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
-    log = tl.fma(t * t, polynomial(t, _LOG_32), t)
-    log = tl.fma(exponent.to(tl.float32), _LN2_PER_EXPONENT_BIT_32, log)
-    radius = tl.sqrt(-log)
+    radius = tl.sqrt(-logarithm_of_normal(u))
 
     half_turns = tl.fma(angle_word.to(tl.float32), 2.0**-31, 2.0**-32)
     rounded = half_turns + _ROUND_32
@@ -109,14 +86,7 @@ def box_muller_64(radius_word, angle_word):
     """Two float64 normals from the same words."""
     scale = tl.full([], 2.0**-32, tl.float64)
     u = tl.fma(radius_word.to(tl.float64), scale, scale * 0.5)
-    bits = u.to(tl.int64, bitcast=True)
-    exponent = (bits - 0x3FE6A09E667F3BCD) & -0x0010000000000000
-    t = (bits - exponent).to(tl.float64, bitcast=True) - 1.0
-    s = t / (t + 2.0)
-    s2 = s * s
-    log = 2.0 * tl.fma(s * s2, polynomial(s2, _ATANH_64), s)
-    log = tl.fma(exponent.to(tl.float64), tl.full([], _LN2_PER_EXPONENT_BIT_64, tl.float64), log)
-    radius = tl.sqrt(-log)
+    radius = tl.sqrt(-logarithm_of_normal(u))
 
     half_turns = tl.fma(angle_word.to(tl.float64), scale * 2.0, scale)
     rounded = half_turns + _ROUND_64
@@ -184,14 +154,14 @@ def load_key(seed_ptr, seed_value, stream):
 def noise_words_kernel(
     seed_ptr,
     words_ptr,
-    stream: tl.int64,
+    noise_stream: tl.int64,
     sample: tl.int64,
     first: tl.int64,
     count: tl.int64,
     BLOCK: tl.constexpr,
 ):
     """words[i, :] = the Philox words of counter first + i, as int64."""
-    key = load_key(seed_ptr, 0, stream)
+    key = load_key(seed_ptr, 0, noise_stream)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counter = (first + i).to(tl.uint64)
     w0, w1, w2, w3 = philox(counter, sample.to(tl.uint32), key)

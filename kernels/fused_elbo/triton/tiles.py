@@ -27,11 +27,15 @@ from . import geometry
 
 def kernel(fn: Callable[..., None]) -> Any:
     """`triton.jit` for what is launched: neither the value nor the alignment of an argument makes a
-    variant, only what the launcher passes as a constant (and a stride of 1 or divisible by 16)."""
+    variant, only what the launcher passes as a constant (and strides of 2**27 elements and more,
+    which are 64 bits wide). Triton would still look into the layouts, whose strides therefore come
+    multiplied by STRIDE_SCALE: never 1, always divisible by 16."""
     parameters = inspect.signature(fn).parameters
     variable = [name for name, p in parameters.items() if p.annotation is not tl.constexpr]
     return triton.jit(do_not_specialize=variable)(fn)
 
+
+STRIDE_SCALE = tl.constexpr(geometry.STRIDE_SCALE)
 
 UNIT = tl.constexpr(geometry.UNIT)
 CONSTANT = tl.constexpr(geometry.CONSTANT)
@@ -53,16 +57,61 @@ def first_row(program, splits, ROWS: tl.constexpr):
 
 
 @triton.jit
-def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr):
-    """Addresses of a tile, for rows that begin at `row_offset`.
+def stride(scaled):
+    """A stride of a layout in elements."""
+    return scaled // STRIDE_SCALE
 
-    `here` is (begin, m, mask, inner): m [1, WIDTH] counts from event element `begin` [ROWS, 1]; the
-    mask tells which elements exist; `inner` is the size that the PLANE kinds divide by.
 
-    ALIGNED promises groups of 16 bytes at addresses divisible by 16: the only thing that Triton is
-    told about alignment, so that nothing but the launcher's decision makes another variant.
+@triton.jit
+def row_start(row, layout):
+    """The element offset at which rows (int64) begin."""
+    return row * stride(layout.row)
+
+
+@triton.jit
+def tile_at(
+    begin, i, low, high, inner, WIDTH: tl.constexpr, LANES: tl.constexpr, LANE_ALIGNED: tl.constexpr
+):
+    """Where tile i of a program is: (begin, i, high, inner, mask).
+
+    Its event elements are begin [ROWS, 1] + i * WIDTH + arange(WIDTH); those counted from `low`
+    (None: 0) to below `high` exist, and the mask [ROWS, WIDTH] tells which. `inner` is the size
+    that the PLANE kinds divide by. Where LANES divides the event, whole groups exist or do not: one
+    predicate each.
     """
-    begin, m, _, inner = here
+    m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if LANE_ALIGNED:
+        high = (high // LANES) * LANES  # changes nothing, but tells the compiler so
+        mask = m < high
+    elif low is not None:
+        mask = (m >= low) & (m < high)
+    else:
+        mask = m < high
+    return begin, i, high, inner, mask
+
+
+@triton.jit
+def pointers(
+    ptr,
+    layout,
+    row_offset,
+    here,
+    ALIGNED: tl.constexpr,
+    PACK: tl.constexpr,
+    BYTES: tl.constexpr = 16,
+):
+    """Addresses of a tile `here` (see `tile_at`), for rows that begin at `row_offset`.
+
+    ALIGNED promises groups of BYTES at addresses divisible by BYTES: the only thing that Triton is
+    told about alignment, so that nothing but the launcher's decision makes another variant. PACK
+    elements are one of what `ptr` points to; of aligned tensors alone.
+    """
+    begin, i, _, inner, mask = here
+    WIDTH: tl.constexpr = mask.shape[1] // PACK
+    m = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if PACK != 1:
+        begin = begin // PACK
+        row_offset = row_offset // PACK
     if layout.kind == UNIT:
         p = ptr + ((row_offset + begin) + m)
     elif layout.kind == CONSTANT:
@@ -71,35 +120,79 @@ def pointers(ptr, layout, row_offset, here, ALIGNED: tl.constexpr):
         # The launcher copies tensors of this kind whose event exceeds 32 bits.
         n = begin.to(tl.int32) + m
         if ALIGNED and layout.kind == UNIT_PLANE:
-            GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-            inner = (
-                inner // GROUP
-            ) * GROUP  # changes nothing, but tells the compiler that no group straddles two runs
+            GROUP: tl.constexpr = 8 * BYTES // ptr.dtype.element_ty.primitive_bitwidth
+            # Changes nothing, but tells the compiler that no group straddles two runs.
+            inner = (inner // (GROUP * PACK)) * GROUP
         outer = n // inner
         within = n - outer * inner
         if layout.kind == UNIT_PLANE:
-            p = ptr + (row_offset + outer.to(tl.int64) * layout.outer + within)
+            p = ptr + (row_offset + outer.to(tl.int64) * (stride(layout.outer) // PACK) + within)
         else:
-            p = ptr + (
-                row_offset + outer.to(tl.int64) * layout.outer + within.to(tl.int64) * layout.inner
-            )
+            outer_offset = outer.to(tl.int64) * stride(layout.outer)
+            p = ptr + (row_offset + outer_offset + within.to(tl.int64) * stride(layout.inner))
     if ALIGNED and (layout.kind == UNIT or layout.kind == UNIT_PLANE):
-        p = tl.multiple_of(p, (1, 16))
+        p = tl.multiple_of(p, (1, BYTES))
     return p
 
 
 @triton.jit
 def load(ptr, layout, row_offset, here, ALIGNED: tl.constexpr, DTYPE: tl.constexpr):
     """A tile in the dtype of arithmetic; 0 outside the mask."""
-    p = pointers(ptr, layout, row_offset, here, ALIGNED)
-    return tl.load(p, mask=here[2], other=0.0).to(DTYPE)
+    WIDE: tl.constexpr = ALIGNED and (layout.kind == UNIT or layout.kind == UNIT_PLANE)
+    if WIDE and ptr.dtype.element_ty == tl.bfloat16:
+        return load_bfloat16(ptr, layout, row_offset, here)
+    else:
+        p = pointers(ptr, layout, row_offset, here, ALIGNED, 1)
+        return tl.load(p, mask=here[4], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def load_bfloat16(ptr, layout, row_offset, here):
+    """An aligned tile of bfloat16 as float32, two to a word: one operation for each element, where
+    taking the upper half out first would make it two for every other.
+    """
+    _, i, high, _, mask = here
+    ROWS: tl.constexpr = mask.shape[0]
+    WIDTH: tl.constexpr = mask.shape[1]
+    words_ptr = ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    p = pointers(words_ptr, layout, row_offset, here, True, 2)
+    exists = i * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :] < high // 2
+    words = tl.load(p, mask=exists, other=0)
+    even = (words << 16).to(tl.float32, bitcast=True)
+    odd = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(even, odd), [ROWS, WIDTH])
+
+
+@triton.jit
+def counted(ptr, layout, row_offset, here, ALIGNED: tl.constexpr, LANES: tl.constexpr):
+    """Which elements of a tile exist and take part: those whose byte of the mask is not 0. Without
+    a mask (None), all that exist.
+
+    A group of LANES elements has LANES bytes of mask, which ALIGNED says are one access.
+    """
+    if ptr is None:
+        return here[4]
+    elif layout.kind == CONSTANT:
+        return here[4] & (tl.load(ptr + row_offset, mask=here[2] > 0, other=0) != 0)
+    else:
+        p = pointers(ptr, layout, row_offset, here, ALIGNED, 1, LANES)
+        return tl.load(p, mask=here[4], other=0) != 0
+
+
+@triton.jit
+def kept(value, takes_part, mask_ptr):
+    """0 where an element takes no part, whatever the value; with a mask alone."""
+    if mask_ptr is None:
+        return value
+    else:
+        return tl.where(takes_part, value, 0.0)
 
 
 @triton.jit
 def store(ptr, layout, row_offset, here, value, ALIGNED: tl.constexpr):
     """Rounds to the dtype of the tensor, to nearest even."""
-    p = pointers(ptr, layout, row_offset, here, ALIGNED)
-    tl.store(p, value.to(ptr.dtype.element_ty), mask=here[2])
+    p = pointers(ptr, layout, row_offset, here, ALIGNED, 1)
+    tl.store(p, value.to(ptr.dtype.element_ty), mask=here[4])
 
 
 @triton.jit

@@ -6,31 +6,35 @@
 or, in the process that will train (which then starts with the kernels in memory), `warm_up`.
 
 What decides whether a kernel must be compiled: the operation and its optional arguments, the dtype,
-the strides' pattern (dense, channels_last, expanded), whether 16-byte accesses are possible, and
-for rows of up to 1024 elements the next power of two of their length. Not the batch size, the
-values of any argument, or the length of longer rows.
+the strides' pattern (dense, channels_last, expanded), whether 16-byte accesses are possible, the
+kind of scale parametrization and whether it has a floor or a clamp, whether there is a mask, and
+for rows of up to 1024 elements the next power of two of their length (of longer rows, that of the
+number of their parts, for a tiny kernel that adds them up). Not the batch size, or the values of
+any argument.
 
-What Triton keeps where:
-
-- in memory, per process and device, every kernel it has compiled or loaded;
-- on disk, under ``TRITON_CACHE_DIR`` (default ``~/.triton/cache``), one folder per kernel with its
-  PTX and cubin (or AMD's hsaco), keyed by the source of the kernel and of all it calls, types,
-  constants, compile options, target and the version of Triton. A second process, or another machine
-  of the same kind that shares the folder, loads them in milliseconds. Deleting the folder costs one
-  compilation of each kernel (0.3 to 2 s); there is nothing else to invalidate.
+docs/triton.md says what Triton keeps where: in short, in memory, and under ``TRITON_CACHE_DIR``
+(default ``~/.triton/cache``), from where another process loads a kernel in milliseconds. Compiling
+one takes 0.3 to 2 s.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..parametrization import (
+    PLAIN_SCALE,
+    Parametrization,
+    ScaleParams,
+    parametrization,
+    scale_params,
+)
+from ..schemas import BATCHMEAN, OFF, SAMPLE
 from . import interpreting, reason
 
 OPERATIONS = (
@@ -41,7 +45,7 @@ OPERATIONS = (
     "gaussian_log_likelihood",
     "elbo_loss",
 )
-_FREE, _CLAMP = (-math.inf, math.inf), (-30.0, 20.0)
+_MOMENTS_SCALE = ScaleParams(clamp_min=-30.0, clamp_max=20.0)
 
 
 def warm_up(
@@ -52,6 +56,8 @@ def warm_up(
     operations: Iterable[str] = OPERATIONS,
     priors: bool = False,
     channels_last: bool = False,
+    param: str | Parametrization = "logvar",
+    mask_dims: Sequence[int] | None = None,
 ) -> list[str]:
     """Compiles forward and backward of operations on tensors of some shapes; runs nothing and
     allocates nothing.
@@ -64,12 +70,16 @@ def warm_up(
         operations: some of `OPERATIONS`.
         priors: with a learned prior of the latent's shape.
         channels_last: 4-dim tensors in that memory format.
+        param: of the posterior and the prior, and of a decoder's variance per element.
+        mask_dims: with a mask that varies over these dimensions and is one value over the others:
+            ``(0, -1)`` for ``[B, 1, T]``. None: without a mask.
 
     Returns:
         The names of the kernels, in the order in which they were compiled or found in the cache.
 
     Raises:
-        ValueError: an unknown operation, or a shape without a batch dimension.
+        TypeError, ValueError: an unknown operation, a shape without a batch dimension, a param or
+            mask_dims that do not fit.
         RuntimeError: Triton cannot compile for a device here; says why.
     """
     if (why := reason()) is not None:
@@ -83,7 +93,7 @@ def warm_up(
     compiled = []
     with torch.cuda.device(torch.device(device)):
         options = device_options(torch.device("cuda", torch.cuda.current_device()))
-        for launch in required(shapes, dtypes, operations, priors, channels_last):
+        for launch in required(shapes, dtypes, operations, priors, channels_last, param, mask_dims):
             launch.kernel.warmup(grid=(launch.programs,), **launch.args, **options)
             compiled.append(launch.kernel.fn.__name__)
     return compiled
@@ -95,104 +105,138 @@ def required(
     operations: Iterable[str] = OPERATIONS,
     priors: bool = False,
     channels_last: bool = False,
+    param: str | Parametrization = "logvar",
+    mask_dims: Sequence[int] | None = None,
 ) -> list[Any]:
     """The launches, on tensors without storage, whose kernels `warm_up` compiles."""
-    from .launch import recording
+    from .launch import add_all, recording
 
     operations = tuple(operations)
     if unknown := set(operations) - set(OPERATIONS):
         known = ", ".join(OPERATIONS)
         raise ValueError(f"warm_up: unknown operations {sorted(unknown)}, expected some of {known}")
+    checked = parametrization("warm_up", "param", param)
     dtypes = tuple(dtypes)
     with recording() as launches:
-        for shape in shapes:
+        for shape in map(tuple, shapes):
             if not shape:
                 raise ValueError("warm_up: a shape needs at least the batch dimension")
+            if not all(-len(shape) <= dim < len(shape) for dim in mask_dims or ()):
+                raise ValueError(
+                    f"warm_up: mask_dims must be dimensions of the shape {shape}, "
+                    f"got {tuple(mask_dims or ())}"
+                )
             for dtype in dtypes:
+                model = _Model(dtype, channels_last, checked, priors, mask_dims)
                 for operation in operations:
-                    _record(operation, tuple(shape), dtype, priors, channels_last)
+                    model.record(operation, shape)
+        for dtype in {_nats(dtype) for dtype in dtypes}:
+            parts = torch.empty(2, dtype=dtype, device="meta")
+            add_all(parts, parts.new_empty(()))  # a sum over a batch larger than those of `shapes`
     return launches
 
 
-def _record(
-    operation: str, shape: tuple[int, ...], dtype: torch.dtype, priors: bool, channels_last: bool
-) -> None:
-    from ..schemas import BATCHMEAN, OFF, SAMPLE
-    from . import latent_operations, likelihood_operations
+def _nats(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
-    def meta(*sizes: int, kind: torch.dtype = dtype) -> Tensor:
-        t = torch.empty(sizes, dtype=kind, device="meta")
-        return t.to(memory_format=torch.channels_last) if channels_last and len(sizes) == 4 else t
 
-    nats = torch.float64 if dtype == torch.float64 else torch.float32
-    seed = meta(kind=torch.int64)
-    tensor = meta(*shape)
-    if operation == "gaussian_log_likelihood":
-        for logvar, value in ((None, 0.0), (meta(), 0.0), (tensor, 0.0)):
-            likelihood_operations.likelihood_forward(tensor, tensor, logvar, value, 1, SAMPLE)
-            likelihood_operations.likelihood_backward(
-                tensor,
-                tensor,
-                logvar,
-                value,
-                1,
-                SAMPLE,
-                meta(shape[0], kind=nats),
-                True,
-                logvar is not None,
-            )
-    elif operation == "elbo_loss":
-        for logvar in (None, meta()):
+class _Model(NamedTuple):
+    """How the tensors of a model look, but for their shapes."""
+
+    dtype: torch.dtype
+    channels_last: bool
+    param: Parametrization
+    priors: bool
+    mask_dims: Sequence[int] | None
+
+    def record(self, operation: str, shape: tuple[int, ...]) -> None:
+        if operation == "gaussian_log_likelihood":
+            self._likelihood(shape)
+        elif operation == "elbo_loss":
+            self._elbo(shape)
+        elif operation == "from_moments":
+            if len(shape) > 1 and shape[1] % 2 == 0:
+                half = (shape[0], shape[1] // 2, *shape[2:])
+                self._latent(half, None, self._tensor(*shape), SAMPLE, True)
+        else:
+            reduction = OFF if operation == "reparameterize" else SAMPLE
+            prior = self._tensor(*shape) if self.priors else None
+            self._latent(shape, prior, None, reduction, operation != "gaussian_kl")
+
+    def _tensor(self, *shape: int, kind: torch.dtype | None = None) -> Tensor:
+        t = torch.empty(shape, dtype=kind or self.dtype, device="meta")
+        wanted = self.channels_last and len(shape) == 4
+        return t.to(memory_format=torch.channels_last) if wanted else t
+
+    def _nats(self, *shape: int) -> Tensor:
+        return self._tensor(*shape, kind=_nats(self.dtype))
+
+    def _mask(self, shape: tuple[int, ...]) -> Tensor | None:
+        if self.mask_dims is None:
+            return None
+        kept = {dim % len(shape) for dim in self.mask_dims}
+        sizes = [size if dim in kept else 1 for dim, size in enumerate(shape)]
+        return torch.empty(sizes, dtype=torch.bool, device="meta").expand(shape)
+
+    def _variances(self, shape: tuple[int, ...]) -> list[tuple[Tensor | None, ScaleParams]]:
+        """Those of a decoder, and what a kernel converts: another than plain logvar has one for
+        each element."""
+        each = scale_params(self.param, with_prior=True)
+        if self.param == Parametrization():
+            each = PLAIN_SCALE
+        return [
+            (None, PLAIN_SCALE),
+            (self._tensor(), PLAIN_SCALE),
+            (self._tensor(*shape), each),
+        ]
+
+    def _likelihood(self, shape: tuple[int, ...]) -> None:
+        from .likelihood_operations import likelihood_backward, likelihood_forward
+
+        tensor, mask, grad = self._tensor(*shape), self._mask(shape), self._nats(shape[0])
+        for logvar, scale in self._variances(shape):
+            params = (mask, 0.0, 1, SAMPLE, *scale)
+            likelihood_forward(tensor, tensor, logvar, *params)
+            likelihood_backward(tensor, tensor, logvar, grad, True, logvar is not None, *params)
+
+    def _elbo(self, shape: tuple[int, ...]) -> None:
+        from .elbo_operations import elbo_forward
+
+        tensor, mask, kl = self._tensor(*shape), self._mask(shape), self._nats(shape[0])
+        for logvar, scale in self._variances(shape):
             for want_grads in (False, True):
-                given = meta(shape[0], kind=nats)
-                likelihood_operations.elbo_forward(
-                    tensor, tensor, logvar, 0.0, None, None, given, None, 1.0, BATCHMEAN, want_grads
-                )
-    elif operation == "from_moments":
-        if len(shape) > 1 and shape[1] % 2 == 0:
-            half = meta(shape[0], shape[1] // 2, *shape[2:])
-            _record_latent(
-                latent_operations,
-                (tensor, None, None, None),
-                half,
-                seed,
-                nats,
-                1,
-                _CLAMP,
-                SAMPLE,
-                True,
-            )
-    else:
-        prior = tensor if priors else None
-        reduction = OFF if operation == "reparameterize" else SAMPLE
-        inputs = (tensor, tensor, prior, prior)
-        sampled = operation != "gaussian_kl"
-        _record_latent(latent_operations, inputs, tensor, seed, nats, -1, _FREE, reduction, sampled)
+                given = (tensor, tensor, logvar, 0.0, None, None, kl, None, 1.0, BATCHMEAN)
+                elbo_forward(*given, want_grads, mask, *scale)
 
+    def _latent(
+        self,
+        shape: tuple[int, ...],
+        prior: Tensor | None,
+        moments: Tensor | None,
+        reduction: int,
+        sampled: bool,
+    ) -> None:
+        from .latent_operations import latent_backward, latent_forward
 
-def _record_latent(
-    operations: Any,
-    inputs: tuple[Tensor | None, ...],
-    like_z: Tensor,
-    seed: Tensor,
-    nats: torch.dtype,
-    chunk: int,
-    clamp: tuple[float, float],
-    reduction: int,
-    sampled: bool,
-) -> None:
-    forward: Callable[..., Any] = operations.latent_forward
-    backward: Callable[..., Any] = operations.latent_backward
-    forward(*inputs, seed, 0, 0, 0, 0, chunk, *clamp, sampled, reduction)
-    grad_kl = torch.empty(like_z.shape[0], dtype=nats, device="meta") if reduction >= 0 else None
-    grad_z = like_z if sampled else None
-    backward(
-        *inputs, grad_z, grad_kl, seed, 0, 0, 0, 0, chunk, *clamp, reduction, inputs[2] is not None
-    )
+        scale, chunk = scale_params(self.param, prior is not None), -1
+        z = self._tensor(*shape)
+        inputs = (z, z, prior, prior)
+        if moments is not None:
+            inputs, chunk = (moments, None, None, None), 1
+            scale = _MOMENTS_SCALE if self.param == Parametrization() else scale
+        seed = self._tensor(kind=torch.int64)
+        params = (seed, self._mask(shape), 0, 0, 0, 0, chunk, *scale)
+        latent_forward(*inputs, *params, sampled, reduction)
+        grad_kl = None if reduction == OFF else self._nats(shape[0])
+        grad_z = z if sampled else None
+        latent_backward(*inputs, grad_z, grad_kl, *params, reduction, prior is not None)
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.replace(",", "x").split("x"))
+    try:
+        return tuple(int(part) for part in text.replace(",", "x").split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sizes like 64x4x32x32, got {text!r}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -212,6 +256,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--channels-last", action="store_true", help="4-dim tensors in channels_last"
     )
+    parser.add_argument(
+        "--param",
+        default="logvar",
+        choices=["logvar", "logstd", "softplus_std", "var"],
+        help="what scale parameters stand for (with a floor or clamp: warm_up)",
+    )
+    parser.add_argument(
+        "--mask-dims",
+        nargs="+",
+        type=int,
+        metavar="DIM",
+        help="with a mask that varies over these dimensions: 0 -1 for [B, 1, T]",
+    )
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     try:
@@ -222,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             operations=options.operations,
             priors=options.priors,
             channels_last=options.channels_last,
+            param=options.param,
+            mask_dims=options.mask_dims,
         )
     except RuntimeError as error:
         parser.exit(1, f"{error}\n")

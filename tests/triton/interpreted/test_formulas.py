@@ -1,4 +1,4 @@
-"""e**h, e**h - 1 and phi, from 1e-8 to beyond the end of the range, against 40 digits."""
+"""e**h, e**h - 1, phi and log, from 1e-8 to beyond the end of the range, against 40 digits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,26 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_elbo.triton.formulas import expm1_of_double, exponentials
+from fused_elbo.triton.formulas import (
+    expm1_of_double,
+    exponential,
+    exponentials,
+    log1p_of_fraction,
+    logarithm,
+)
+
+
+@triton.jit
+def exponential_kernel(h_ptr, e_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(e_ptr + i, exponential(tl.load(h_ptr + i)))
+
+
+def run_exponential(h: np.ndarray) -> np.ndarray:
+    inputs = torch.from_numpy(h)
+    output = torch.full_like(inputs, torch.nan)
+    exponential_kernel[(1,)](inputs, output, BLOCK=len(h))
+    return output.numpy()
 
 
 @triton.jit
@@ -86,3 +105,64 @@ def test_the_standard_deviation_reaches_to_the_largest_float32() -> None:
     e, _, _ = run(x, False)
     true_e, _, _ = exact(x)
     assert np.max(np.abs(e / true_e - 1)) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "highest"), [(np.float32, 87.0), (np.float64, 700.0)])
+def test_a_lone_exponential_is_as_good(dtype: type, highest: float) -> None:
+    h = magnitudes(dtype, highest)
+    true_e, _, _ = exact(2 * h)
+    assert ulps(run_exponential(h), true_e).max() <= 2
+    inf, nan = np.inf, np.nan
+    ends = np.array([inf, -inf, nan, 1e30, -1e30, -1500.0, 1500.0, 0.0], dtype=dtype)
+    with np.errstate(all="ignore"):
+        got = run_exponential(ends)
+    np.testing.assert_array_equal(got, np.array([inf, 0, nan, inf, 0, 0, inf, 1], dtype))
+
+
+@triton.jit
+def logarithm_kernel(v_ptr, log_ptr, FRACTION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(v_ptr + i)
+    if FRACTION:
+        tl.store(log_ptr + i, log1p_of_fraction(v))
+    else:
+        tl.store(log_ptr + i, logarithm(v))
+
+
+def run_logarithm(v: np.ndarray, fraction: bool = False) -> np.ndarray:
+    inputs = torch.from_numpy(v)
+    output = torch.full_like(inputs, torch.nan)
+    logarithm_kernel[(1,)](inputs, output, FRACTION=fraction, BLOCK=len(v))
+    return output.numpy()
+
+
+def exact_log(v: np.ndarray, added: int = 0) -> np.ndarray:
+    with mpmath.workdps(60):
+        return np.array([float(mpmath.log(added + mpmath.mpf(float(x)))) for x in v])
+
+
+@pytest.mark.parametrize(("dtype", "lowest"), [(np.float32, 1e-44), (np.float64, 1e-323)])
+def test_logarithms_are_within_a_few_ulp_also_near_1(dtype: type, lowest: float) -> None:
+    every_magnitude = np.geomspace(lowest, float(np.finfo(dtype).max), 2048)
+    near = 1.0 + np.concatenate([s * np.geomspace(1e-15, 0.5, 512) for s in (1, -1)])
+    around_the_seam = np.sqrt(0.5) * (1 + np.linspace(-1e-3, 1e-3, 1024))
+    v = np.concatenate([every_magnitude, near, around_the_seam]).astype(dtype)
+    truth = exact_log(v)
+    got = run_logarithm(v)
+    assert (got[truth == 0] == 0).all()
+    v, got, truth = v[truth != 0], got[truth != 0], truth[truth != 0]
+    assert ulps(got, truth).max() <= 3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_logarithms_of_1_plus_a_fraction_keep_small_fractions(dtype: type) -> None:
+    y = np.concatenate([np.geomspace(1e-30, 1.0, 1024), np.linspace(0.3, 1.0, 1024)]).astype(dtype)
+    assert ulps(run_logarithm(y, fraction=True), exact_log(y, added=1)).max() <= 3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_ends_of_the_logarithm(dtype: type) -> None:
+    ends = np.array([0.0, np.inf, np.nan, 1.0], dtype=dtype)
+    expected = np.array([-np.inf, np.inf, np.nan, 0.0], dtype=dtype)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(run_logarithm(ends), expected)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fused_elbo import reference
 from fused_elbo.noise import NoiseKey
+from fused_elbo.parametrization import PLAIN_SCALE, SOFTPLUS_STD, ScaleParams
 from fused_elbo.schemas import BATCHMEAN, NONE, SAMPLE, SUM
 from fused_elbo.triton import latent_operations, launch, likelihood_operations
 
-FREE = (-math.inf, math.inf)
 KEY = NoiseKey(seed=0x0123456789ABCDEF, stream=5, row_offset=3)
 #: One, below and above a group of 4 and of 8, several rows to a program, one, several tiles, and a
 #: second stage.
@@ -37,14 +37,10 @@ def forward(
         None,
         None,
         None,
-        key.seed,
-        key.stream,
-        key.row_offset,
-        0,
-        -1,
-        *FREE,
-        True,
-        reduction,
+        seed_value=key.seed,
+        stream=key.stream,
+        row_offset=key.row_offset,
+        reduction=reduction,
     )
 
 
@@ -57,7 +53,7 @@ def test_samples_and_kl_of_every_row_length_agree_with_float64(
     z, kl = forward(mean, logvar)
     eps = reference.normals(KEY, mean.shape, dtype).double()
     true_z, true_kl = reference.sample_and_kl(
-        mean.double(), logvar.double(), None, None, eps, FREE, "sample"
+        mean.double(), logvar.double(), None, None, eps, PLAIN_SCALE, "sample"
     )
     std = torch.exp(0.5 * logvar.double())
     bound = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3}[dtype]
@@ -77,6 +73,33 @@ def test_a_row_alone_has_the_bits_it_has_in_its_batch(event: int) -> None:
         alone = forward(mean[row : row + 1], logvar[row : row + 1], KEY.rows(row))
         assert torch.equal(alone[0], z[row : row + 1])
         assert torch.equal(alone[1], kl[row : row + 1])
+
+
+@pytest.mark.parametrize("policy", ["softplus", "mask"])
+@pytest.mark.parametrize("event", [6, 64, 1027, 5 * 1024 + 6])
+def test_policies_hold_in_rows_of_every_length(event: int, policy: str) -> None:
+    """A parameter of 0 and a mask that is absent are what an element beyond a row's end would
+    have.
+    """
+    scale = ScaleParams(SOFTPLUS_STD, 1e-3) if policy == "softplus" else PLAIN_SCALE
+    mask = torch.rand(3, event) < 0.5 if policy == "mask" else None
+    mean, p, grad_z = torch.randn(3, 3, event, dtype=torch.float64)
+    grad_kl = torch.randn(3, dtype=torch.float64)
+    eps = reference.normals(KEY, mean.shape, torch.float64)
+    common = (scale, "sample")
+    true_z, true_kl = reference.sample_and_kl(mean, p, None, None, eps, *common, mask)
+    true_grads = reference.sample_and_kl_backward(
+        mean, p, None, None, eps, *common, grad_z, grad_kl, mask
+    )
+    params = (None, mask, KEY.seed, KEY.stream, KEY.row_offset, 0, -1, *scale)
+    z, kl = latent_operations.latent_forward(mean, p, None, None, *params)
+    grads = latent_operations.latent_backward(mean, p, None, None, grad_z, grad_kl, *params)
+    for got, truth in zip((z, kl, *grads[:2]), (true_z, true_kl, *true_grads[:2])):
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+
+    ll = likelihood_operations.likelihood_forward(z, mean, p, mask, 0.0, 1, SAMPLE, *scale)
+    truth = reference.log_likelihood(z, mean, p, 1, "sample", scale, mask)
+    torch.testing.assert_close(ll, truth, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("event", [64, 1024, 5120])
@@ -155,15 +178,13 @@ def test_the_gradient_of_logvar_is_summed_over_what_it_broadcasts_over(
     memory = torch.channels_last if last else torch.contiguous_format
     x, mean = (torch.randn(2, 3, 7, 9).contiguous(memory_format=memory) for _ in range(2))
     logvar, grad = torch.randn(shape), torch.randn(2)
-    got = likelihood_operations.likelihood_backward(
-        x, mean, logvar, 0.0, 1, SAMPLE, grad, True, True
-    )
+    got = likelihood_operations.likelihood_backward(x, mean, logvar, grad, True, True)
     expected = reference.log_likelihood_backward(
         x.double(), mean.double(), logvar.double(), 1, "sample", grad.double()
     )
     for value, truth in zip(got, expected):
         torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=2e-5)
-    ll = likelihood_operations.likelihood_forward(x, mean, logvar, 0.0, 1, SAMPLE)
+    ll = likelihood_operations.likelihood_forward(x, mean, logvar)
     truth = reference.log_likelihood(x.double(), mean.double(), logvar.double(), 1, "sample")
     torch.testing.assert_close(ll.double(), truth, rtol=1e-6, atol=1e-4)
 
@@ -181,12 +202,12 @@ def test_the_shared_run_of_a_variance_is_long_enough_to_be_a_row(
     mean = torch.randn(samples, batch, *event)
     logvar = torch.randn((event[0], *(1,) * (len(event) - 1))) if learned else None
     true_logvar = 0.0 if logvar is None else logvar.double()
-    ll = likelihood_operations.likelihood_forward(x, mean, logvar, 0.0, 2, SAMPLE)
+    ll = likelihood_operations.likelihood_forward(x, mean, logvar, batch_dims=2)
     truth = reference.log_likelihood(x.double(), mean.double(), true_logvar, 2, "sample")
     torch.testing.assert_close(ll.double(), truth, rtol=1e-6, atol=1e-4)
     grad = torch.randn(samples, batch)
     got = likelihood_operations.likelihood_backward(
-        x, mean, logvar, 0.0, 2, SAMPLE, grad, True, learned
+        x, mean, logvar, grad, True, learned, batch_dims=2
     )
     expected = reference.log_likelihood_backward(
         x.double(), mean.double(), true_logvar, 2, "sample", grad.double()

@@ -113,7 +113,9 @@ def test_normals_are_within_their_bound_at_every_magnitude(dtype: torch.dtype) -
         np.sqrt(np.maximum(-2 * np.log(u[:, 0]), 0)),
         2 * np.longdouble("3.14159265358979323846") * u[:, 1],
     )
-    bound = 4e-7 if dtype == torch.float32 else 2e-15
+    # The interpreter rounds square roots to nearest. On NVIDIA, sqrt.approx in float32 may be off
+    # by another 2**-23 of its value (PTX ISA, sqrt), and so may the normal.
+    bound, root = (4e-7, 2.0**-23) if dtype == torch.float32 else (2e-15, 0.0)
     for got, exact in ((first, radius * np.cos(angle)), (second, radius * np.sin(angle))):
-        error = np.abs(got.numpy().astype(np.longdouble) - exact) / (1 + np.abs(exact))
-        assert error.max() < bound
+        error = np.abs(got.numpy().astype(np.longdouble) - exact) + root * np.abs(exact)
+        assert (error / (1 + np.abs(exact))).max() < bound
