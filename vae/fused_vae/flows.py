@@ -3,8 +3,8 @@ autoregressive one.
 
     z = f(z_0),    log q(z|x) = log q_0(z_0|x) - log |det df/dz_0|
 
-Training needs the way forward alone: the samples whose density is asked for are its own. The way back
-gives the density of one picture's posterior at another's sample.
+Training needs the way forward alone: the samples whose density is asked for are its own. The way
+back gives the density of one picture's posterior at another's sample.
 """
 
 from __future__ import annotations
