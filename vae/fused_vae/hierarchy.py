@@ -116,6 +116,11 @@ class HierarchicalVAE(nn.Module):
         parts = z.split(self.latents, 1)
         return self._descend(len(z), lambda layer, _: (parts[layer], parts[layer]))[0]
 
+    def states(self, z: Tensor) -> list[Tensor]:
+        """The state above each layer, ``[B, width]``, top first."""
+        parts = z.split(self.latents, 1)
+        return self._descend(len(z), lambda layer, way_down: (parts[layer], way_down))[2]
+
     def _descend(self, count: int, draw: Draw) -> tuple[Decoded, list[Tensor], list[Tensor]]:
         """p(x|z), and what `draw` gave for each layer."""
         way_down, drawn, numbers = self.top.expand(count, -1), [], []
