@@ -123,12 +123,26 @@ def test_overlap_tells_classes_apart() -> None:
     assert result.between < unlabeled.between < result.within
 
 
-def test_an_unused_dimension_is_not_active_and_costs_nothing() -> None:
+def test_sampled_overlap_is_the_integral_on_average() -> None:
+    """Many samples of each of three posteriors, against the closed form of their overlaps."""
+    mean = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 1.5]])
+    q = DiagonalGaussian(mean, torch.tensor([[0.0, 0.0], [0.4, 0.0], [-0.4, 0.2]]))
+    labels = torch.tensor([0, 0, 1])
+    z = q.rsample(4000, key=NoiseKey(1))
+    sampled = [
+        analysis.sampled_overlap(analysis.cross_log_density(draw, q.mean, q.logvar), labels)
+        for draw in z
+    ]
+    exact = analysis.overlap(q, labels)
+    for name in ("within", "between"):
+        found = torch.tensor([getattr(overlap, name) for overlap in sampled])
+        error = float(found.std()) / math.sqrt(len(found))
+        assert error < 0.01
+        assert float(found.mean()) == pytest.approx(getattr(exact, name), abs=4 * error)
+
+
+def test_spread_tells_an_unused_dimension() -> None:
     g = torch.Generator().manual_seed(0)
-    mean = torch.randn(500, 3, generator=g) * torch.tensor([1.0, 0.2, 0.0])
-    logvar = torch.tensor([-4.0, -0.1, 0.0]).expand(500, 3)
-    q = DiagonalGaussian(mean, logvar)
-    assert analysis.active_dimensions(q).tolist() == [True, True, False]
-    kl = analysis.kl_per_dimension(q)
-    assert kl[2] == 0
-    torch.testing.assert_close(kl.sum(), q.kl().double().mean())
+    code = torch.randn(500, 3, generator=g) * torch.tensor([1.0, 0.2, 0.0])
+    assert (analysis.spread(code) > analysis.ACTIVE_VARIANCE).tolist() == [True, True, False]
+    torch.testing.assert_close(analysis.spread(code)[0], code[:, 0].double().var())

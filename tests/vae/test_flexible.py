@@ -24,6 +24,7 @@ from fused_vae import (
 from fused_vae.flows import Flow
 from fused_vae.iaf import MaskedNetwork
 from fused_vae.importance import importance_weighted
+from fused_vae.latents import cross_log_density
 from fused_vae.priors import Prior
 
 KEY = NoiseKey(11)
@@ -329,3 +330,20 @@ def test_half_precision_keeps_nats_in_float32(
                 low = vae(x.float(), key=KEY)
         assert low.kl.dtype == torch.float32
         torch.testing.assert_close(low.kl, full.kl, rtol=0.05, atol=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", [0, 1])
+def test_density_of_every_code_under_every_posterior(
+    parts: tuple[nn.Linear, nn.Linear], x: Tensor, which: int
+) -> None:
+    """One's own is known without inverting; the density of each posterior integrates to 1."""
+    vae = build(parts, some_flows()[which])
+    q_0 = vae.encode(x)
+    z_0 = q_0.rsample(key=KEY)
+    z, log_det = vae.transform(z_0, x)
+    found = cross_log_density(vae, z, x)
+    torch.testing.assert_close(found.diagonal(), q_0.log_prob(z_0) - log_det)
+    line = torch.linspace(-25, 25, 251, dtype=torch.float64)
+    density = cross_log_density(vae, torch.cartesian_prod(line, line), x[:3]).exp()
+    torch.testing.assert_close(density.sum(0) * 0.2**2, torch.ones(3).double(), rtol=0, atol=5e-3)

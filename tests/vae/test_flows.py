@@ -200,3 +200,12 @@ def test_order_of_the_dimensions_alternates() -> None:
         )
         depends.append(bool(jacobian[0, -1] != 0))
     assert depends == [False, True]
+
+
+def test_inverse_undoes_the_flow_at_every_x(flow: Flow, x: Tensor) -> None:
+    """Also from far away, and for samples [K, B, latent]."""
+    g = torch.Generator().manual_seed(7)
+    z_0 = 3 * torch.randn(4, BATCH, LATENT, generator=g, dtype=torch.float64)
+    z, _ = flow(z_0, x)
+    assert not torch.allclose(z, z_0, atol=0.1)
+    torch.testing.assert_close(flow.inverse(z, x), z_0, rtol=1e-9, atol=1e-9)

@@ -102,8 +102,8 @@ def test_geco_finds_the_least_rate_at_its_distortion() -> None:
 def test_balanced_layers_pay_in_proportion_to_their_use() -> None:
     layers = [torch.tensor([1.0, 1.0]), torch.tensor([2.0, 4.0])]
     half = objectives.balanced(LL, layers, [2, 1], beta=0.5)
-    # used: 2 * 1 and 1 * 3, weights 2 * 2/5 and 2 * 3/5
-    assert half.loss == pytest.approx(0.5 * (0.8 * 1 + 1.2 * 3) + 12)
+    # used per dimension: 1 / 2 and 3 / 1, weights 2 * 1/7 and 2 * 6/7
+    assert half.loss == pytest.approx(0.5 * (2 / 7 * 1 + 12 / 7 * 3) + 12)
     full = objectives.balanced(LL, layers, [2, 1], beta=1.0)
     assert full.loss == pytest.approx(4 + 12)
     assert full.elbo.tolist() == half.elbo.tolist() == [-13, -19]

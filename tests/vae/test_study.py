@@ -56,8 +56,7 @@ def material(information: float, beta_has_won: bool = False) -> study.Material:
     )
     x = x.reshape(-1, 1, 4, 4)
     held_out = Images("toy", x[:QUERIES], 256)
-    q = study.encode(model, x)
-    return study.Material(model, held_out, x, q, QUERIES, NoiseKey(1), TrainConfig())
+    return study.Material(model, held_out, x, model.code(x), QUERIES, NoiseKey(1), TrainConfig())
 
 
 def measured(tmp_path: Path, of: study.Material) -> dict[str, float]:
@@ -114,8 +113,10 @@ def test_retrieval_among_fewer_is_what_drawing_them_gives(tmp_path: Path) -> Non
     """`hit_rate`'s combinatorics against drawing candidates."""
     of = material(5.0)
     result = study.measure(tmp_path / "no-checkpoints", of)
-    z = of.q.rsample(key=of.key)[:QUERIES]
-    density = analysis.cross_log_density(z, of.q.mean, of.q.logvar)
+    assert isinstance(of.model, VAE)
+    z, _ = of.model.sample_kl(of.x[:QUERIES], key=of.key)
+    q = of.model.encode(of.x)
+    density = analysis.cross_log_density(z, q.mean, q.logvar)
     g = torch.Generator().manual_seed(2)
     for candidates in (2, 10, 100):
         wins = []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_elbo import DiagonalGaussian, gaussian_kl
+from fused_elbo import DiagonalGaussian
 
 ACTIVE_VARIANCE = 0.01
 """An active latent dimension: its posterior mean varies by more over x (arXiv:1509.00519)."""
@@ -97,16 +97,11 @@ def mutual_information(log_density: Tensor, own: Tensor) -> MutualInformation:
     return MutualInformation(float(lower.mean()), float(upper.mean()), math.log(count))
 
 
-def kl_per_dimension(q: DiagonalGaussian) -> Tensor:
-    """KL(q(z_d|x) || N(0, 1)), mean over the data, ``[latent]`` nats."""
-    return gaussian_kl(q.mean, q.logvar, reduction="none").double().mean(0)
-
-
-def active_dimensions(q: DiagonalGaussian) -> Tensor:
-    """``[latent]`` bool: which dimensions carry something, Var_x E[z_d|x] above
-    `ACTIVE_VARIANCE`.
+def spread(code: Tensor) -> Tensor:
+    """``[latent]``: the variance over pictures of their codes, posterior means ``[N, latent]``; a
+    dimension is active where it is above `ACTIVE_VARIANCE`.
     """
-    return q.mean.double().var(0) > ACTIVE_VARIANCE
+    return code.double().var(0)
 
 
 def bhattacharyya(q: DiagonalGaussian) -> Tensor:
@@ -131,7 +126,20 @@ class Overlap:
 
 def overlap(q: DiagonalGaussian, labels: Tensor | None) -> Overlap:
     """`bhattacharyya`, averaged within and between classes."""
-    matrix = bhattacharyya(q)
+    return _average(bhattacharyya(q), labels)
+
+
+def sampled_overlap(log_density: Tensor, labels: Tensor | None) -> Overlap:
+    """The same of any posteriors, estimated from one sample of each: the overlap of i and j is the
+    mean of sqrt(q_j / q_i) over samples of i.
+
+    Args:
+        log_density: log q(z_i|x_j), ``[N, N]`` nats.
+    """
+    return _average((0.5 * (log_density - log_density.diagonal()[:, None])).exp(), labels)
+
+
+def _average(matrix: Tensor, labels: Tensor | None) -> Overlap:
     different = ~torch.eye(len(matrix), dtype=torch.bool)
     if labels is None:
         return Overlap(math.nan, float(matrix[different].mean()))

@@ -101,8 +101,8 @@ def _information(result: Study) -> Panel:
     if info.lower > info.cap - 0.5:
         naming = (
             f"naming one of {n} pictures takes no more than {info.cap:.1f}, where the lower bound"
-            " stops: the pull toward N(0, I) is felt by the mixture of all posteriors, and each of"
-            " them can stay where it is"
+            " stops: the pull toward the prior is felt by the mixture of all posteriors, and each"
+            " of them can stay where it is"
         )
     else:
         naming = (
@@ -176,7 +176,8 @@ def _overlap(result: Study) -> Panel:
     return Panel(
         "Do posteriors become more alike?",
         "The overlap of two pictures' posteriors (the integral of the square root of their "
-        "product: 1 if they are equal, 0 if disjoint), "
+        "product: 1 if they are equal, 0 if disjoint"
+        + ("), " if result.gaussian else "; estimated from one sample of each), ")
         + (
             "averaged within and between classes, early and late in training."
             if "within" in labels

@@ -83,8 +83,11 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace a run that has this name, once the new one is complete",
     )
-    option("--network", help="conv (default) or mlp")
-    option("--latent", type=int, help="latent dimensions (default: 10)")
+    option("--network", help="conv (default), mlp, or hierarchy: several stochastic layers")
+    option("--latent", type=int, help="latent dimensions, of all layers together (default: 10)")
+    option("--layers", type=int, help="of --network hierarchy, sharing --latent (default: 3)")
+    option("--flow", help="behind the encoder: none (default), planar or iaf")
+    option("--prior", help="standard (default), mixture, vamp or real-nvp")
     option(
         "--variance",
         help="of the decoder: learned (one sigma, default), unit, fixed or predicted (per pixel)",

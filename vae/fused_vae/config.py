@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from . import objective_options, objectives
+from .architecture import Architecture, FlowName, Model, NetworkName, PriorName
 from .data import BUILT_IN, Images
 from .errors import UserError
-from .model import VAE, GaussianLikelihood, Variance
-from .networks import conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
+from .likelihoods import Variance
 from .recipe import Recipe, flag
 
-Network = Literal["conv", "mlp"]
 Precision = Literal["float32", "bfloat16"]
 WarmUp = Literal["none", "linear", "cosine", "cyclical"]
 
@@ -26,6 +25,9 @@ STEPS_WANTED = 900
 overfit them.
 """
 MAX_DEFAULT_EPOCHS = 60
+
+LAYERS = 3
+"""Stochastic layers of ``--network hierarchy``."""
 
 RISE = 0.2
 """Share of the steps over which the default warm-up rises."""
@@ -36,14 +38,18 @@ CYCLES = 4
 @dataclass(frozen=True)
 class TrainConfig:
     """The options of ``fused-vae train``. ``epochs``, ``batch_size`` and ``warm_up_steps`` of 0
-    mean: chosen from the number of images.
+    mean: chosen from the number of images. ``layers`` is 0 but for ``--network hierarchy``, whose
+    layers share the ``latent`` dimensions.
 
     ``compile`` is among them because compiled code rounds otherwise.
     """
 
     data: str = "mnist"
-    network: Network = "conv"
+    network: NetworkName = "conv"
     latent: int = 10
+    layers: int = 0
+    flow: FlowName = "none"
+    prior: PriorName = "standard"
     variance: Variance = "learned"
     sigma: float = 0.25
     objective: str = "elbo"
@@ -61,7 +67,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("network", Network),
+            ("network", NetworkName),
+            ("flow", FlowName),
+            ("prior", PriorName),
             ("variance", Variance),
             ("precision", Precision),
             ("warm_up", WarmUp),
@@ -73,6 +81,7 @@ class TrainConfig:
                 )
         for name, least in (
             ("latent", 1),
+            ("layers", 0),
             ("epochs", 0),
             ("batch_size", 0),
             ("warm_up_steps", 0),
@@ -91,7 +100,23 @@ class TrainConfig:
             raise UserError(f"--held-out must lie between 0 and 1, got {self.held_out}")
         if self.seed >= 2**63:
             raise UserError(f"--seed must be below 2**63, got {self.seed}")
+        self._check_architecture()
         self._check_objective()
+
+    def _check_architecture(self) -> None:
+        """And fill in the number of layers."""
+        if self.network != "hierarchy":
+            if self.layers:
+                raise UserError("--layers needs --network hierarchy")
+            return
+        for name, plain in (("flow", "none"), ("prior", "standard")):
+            if getattr(self, name) != plain:
+                raise UserError(f"{flag(name)} has no meaning with --network hierarchy")
+        object.__setattr__(self, "layers", self.layers or min(LAYERS, self.latent))
+        if self.layers > self.latent:
+            raise UserError(
+                f"--layers {self.layers} is more than the {self.latent} latent dimensions"
+            )
 
     def _check_objective(self) -> None:
         """And fill in the options of the objective that were left out."""
@@ -100,12 +125,24 @@ class TrainConfig:
         for name, default in (("beta", 1.0), ("warm_up", "none")):
             if getattr(self, name) != default and not recipe.has_beta:
                 raise UserError(f"{flag(name)} has no meaning with --objective {self.objective}")
+        if self.objective == "balanced" and self.warm_up == "none" and self.beta >= 1:
+            raise UserError(
+                "--objective balanced acts while beta is below 1: give --warm-up linear, cosine or"
+                " cyclical"
+            )
         if self.warm_up == "none" and self.warm_up_steps:
             raise UserError("--warm-up-steps needs --warm-up linear, cosine or cyclical")
 
     def recipe(self) -> Recipe:
         """The objective, as at the start of training."""
-        return objective_options.build(self.objective, self.objective_options, self.variance)
+        return objective_options.build(self.objective, self.objective_options, self.architecture())
+
+    def architecture(self) -> Architecture:
+        """The model, for images of any size."""
+        layers = self.layers or 1
+        ends = [self.latent * layer // layers for layer in range(layers + 1)]
+        latents = tuple(end - start for start, end in zip(ends, ends[1:]))
+        return Architecture(self.network, latents, self.variance, self.sigma, self.flow, self.prior)
 
     def beta_at(self, step: int) -> float:
         """Beta after warm-up; a pure function of the step, so that resuming needs no state."""
@@ -139,22 +176,9 @@ class TrainConfig:
             self, data=data, epochs=epochs, batch_size=batch_size, warm_up_steps=warm_up_steps
         )
 
-    def build(self, images: Images) -> VAE:
-        """The untrained model for pictures like these."""
-        likelihood = GaussianLikelihood(
-            self.variance, self.sigma, bounded=True, floor=images.rounding_error
-        )
-        encoder, decoder = (
-            (conv_encoder, conv_decoder) if self.network == "conv" else (mlp_encoder, mlp_decoder)
-        )
-        try:
-            return VAE(
-                encoder(images.shape, self.latent),
-                decoder(images.shape, self.latent, outputs=likelihood.outputs),
-                likelihood,
-            )
-        except ValueError as error:
-            raise UserError(f"--network {self.network}: {error}") from error
+    def build(self, images: Images) -> Model:
+        """The untrained model for the training pictures."""
+        return self.architecture().build(images)
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json."""

@@ -55,14 +55,21 @@ class FlexibleVAE(VAE):
         """log p(z), ``[..., latent] -> [...]`` nats."""
         return log_normal(z) if self.prior is None else self.prior.log_prob(z)
 
-    def sample_kl(self, x: Tensor, *, key: NoiseKey | None = None) -> tuple[Tensor, Tensor]:
+    def sample_kl(
+        self, x: Tensor, *, key: NoiseKey | None = None, reduction: str = "sample"
+    ) -> tuple[Tensor, Tensor]:
         """z = f(z_0) ``[B, latent]`` and its estimate of KL(q(z|x) || p(z)), ``[B]`` nats.
 
             KL = KL(q_0 || N(0, I)) + E_q0[log N(z_0; 0, I) - log |det df/dz_0| - log p(z)]
 
         which is E[log q(z|x) - log p(z)] with E[log q_0 - log N(z_0; 0, I)] in closed form. What is
         left to estimate is zero, for every sample, where f is the identity and p is N(0, I).
+
+        Raises:
+            ValueError: a `reduction` other than "sample"; the estimate has no share per dimension.
         """
+        if reduction != "sample":
+            raise ValueError(f"sample_kl: reduction must be 'sample', got {reduction!r}")
         q_0 = self.encode(x)
         with tracing.range("latent"):
             z_0, kl = q_0.sample_kl(key=key)
@@ -78,9 +85,9 @@ class FlexibleVAE(VAE):
         return self.log_likelihood(x, z) + self.log_prior(z) + log_det - log_q
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z) at f(mean of q_0)."""
-        return self.decode(self.transform(self.encode(x).mode(), x)[0])[0]
+    def code(self, x: Tensor) -> Tensor:
+        """f(mean of q_0), ``[B, latent]``."""
+        return self.transform(self.encode(x).mode(), x)[0]
 
     @torch.no_grad()
     def sample(self, *shape: int, key: NoiseKey | None = None) -> Tensor:

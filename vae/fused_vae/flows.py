@@ -3,8 +3,8 @@ autoregressive one.
 
     z = f(z_0),    log q(z|x) = log q_0(z_0|x) - log |det df/dz_0|
 
-Only the way forward is computed, which is the one that a posterior needs: the samples whose density
-is asked for are its own.
+Training needs the way forward alone: the samples whose density is asked for are its own. The way
+back gives the density of one picture's posterior at another's sample.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 from .checks import latent_vectors, positive, wide
 
+HALVINGS = 60
+"""Of an interval, until float64 tells its ends apart no more."""
+
 
 class Flow(nn.Module):
     """An invertible map of latent vectors that may depend on x.
@@ -27,6 +30,10 @@ class Flow(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
+        raise NotImplementedError
+
+    def inverse(self, z: Tensor, x: Tensor) -> Tensor:
+        """The z_0 that ``forward(z_0, x)`` maps to `z`; without gradient. Meant for float64."""
         raise NotImplementedError
 
 
@@ -61,16 +68,40 @@ class PlanarFlow(Flow):
     def forward(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Flow`."""
         latent_vectors("PlanarFlow", z, self.latent)
+        z = wide(z)
+        log_det = torch.zeros_like(z[..., 0])
+        for u, w, b, slope in self._layers(x):
+            h = ((w * z).sum(-1, keepdim=True) + b).tanh()
+            z = z + u * h
+            log_det = log_det + (slope * (1 - h.square()) + h.square()).log()[..., 0]
+        return z, log_det
+
+    def _layers(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """u', w, b and 1 + w.u' of each layer, ``[latent or 1]``, with a context ``[B, ...]``."""
         layers = self.layers
         if self.context is not None:
             layers = layers + wide(self.context(x)).unflatten(1, layers.shape)
-        z = wide(z)
-        log_det = torch.zeros_like(z[..., 0])
+        found = []
         for u, w, b in (p.split([self.latent, self.latent, 1], -1) for p in layers.unbind(-2)):
             inner = (w * u).sum(-1, keepdim=True)
-            slope = F.softplus(inner + math.log(math.e - 1))  # 1 + w.u'
+            slope = F.softplus(inner + math.log(math.e - 1))
             norm = w.square().sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-            h = ((w * z).sum(-1, keepdim=True) + b).tanh()
-            z = z + (u + (slope - 1 - inner) * w / norm) * h
-            log_det = log_det + (slope * (1 - h.square()) + h.square()).log()[..., 0]
-        return z, log_det
+            found.append((u + (slope - 1 - inner) * w / norm, w, b, slope))
+        return found
+
+    @torch.no_grad()
+    def inverse(self, z: Tensor, x: Tensor) -> Tensor:
+        """See `Flow`. Along w a layer is the increasing function a + w.u' tanh(a + b) of a = w.z,
+        inverted by halving an interval that holds the root.
+        """
+        latent_vectors("PlanarFlow", z, self.latent)
+        z = wide(z)
+        for u, w, b, slope in reversed(self._layers(x)):
+            target, push = (w * z).sum(-1, keepdim=True), slope - 1
+            low, high = target - push.abs(), target + push.abs()
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                below = middle + push * (middle + b).tanh() < target
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            z = z - u * ((low + high) / 2 + b).tanh()
+        return z

@@ -8,17 +8,31 @@ share the way down.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_elbo import NoiseKey, elbo_loss, reparameterize, reparameterize_kl, tracing
+from fused_elbo import (
+    NoiseKey,
+    elbo_loss,
+    gaussian_log_likelihood,
+    reparameterize,
+    reparameterize_kl,
+    tracing,
+)
 
 from .likelihoods import GaussianLikelihood
 from .networks import ImageShape
+
+Draw = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""From a layer's number and the state above it: z, and a number per image or dimension."""
+
+Decoded = tuple[Tensor, Tensor | float | None]
+"""Mean and log-variance of p(x|z)."""
 
 
 class HierarchicalOutput(NamedTuple):
@@ -37,7 +51,10 @@ class HierarchicalOutput(NamedTuple):
 
 
 class HierarchicalVAE(nn.Module):
-    """Fully connected, with one latent vector per layer.
+    """Fully connected, with one latent vector per layer. Layer l draws the noise of
+    ``key.fold_in(l)``.
+
+    z stands for the vectors of all layers side by side, top first, ``[B, sum(latents)]``.
 
     Args:
         image: channels, height, width.
@@ -77,44 +94,133 @@ class HierarchicalVAE(nn.Module):
     def forward(
         self, x: Tensor, *, key: NoiseKey | None = None, beta: float | Tensor = 1.0
     ) -> HierarchicalOutput:
-        """The negative ELBO and its parts; layer l draws the noise of ``key.fold_in(l)``."""
-        with tracing.range("encoder"):
-            states = []
-            state = x.flatten(1)
-            for block in self.up:
-                state = block(state)
-                states.append(state)
-        way_down, rates = self.top.expand(len(x), -1), []
-        for layer, seen in enumerate(reversed(states)):
-            with tracing.range("latent"):
-                mean, logvar = self.posterior[layer](torch.cat([way_down, seen], 1)).chunk(2, 1)
-                prior = (None, None) if layer == 0 else self.prior_moments(layer, way_down)
-                z, kl = reparameterize_kl(mean, logvar, *prior, key=key and key.fold_in(layer))
-            rates.append(kl)
-            with tracing.range("decoder"):
-                way_down = self.down[layer](torch.cat([way_down, z], 1))
-        with tracing.range("decoder"):
-            recon, recon_logvar = self.likelihood(self.decoder(way_down))
+        """The negative ELBO and its parts."""
+        (recon, recon_logvar), _, rates = self._descend(len(x), self._posterior(x, key))
         layer_kl = torch.stack(rates)
         with tracing.range("likelihood"):
             rate = layer_kl.sum(0)
             loss, ll, kl = elbo_loss(recon, x, kl=rate, recon_logvar=recon_logvar, beta=beta)
         return HierarchicalOutput(loss, ll, kl, recon, layer_kl)
 
-    def prior_moments(self, layer: int, way_down: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of p(z_l | z_<l) for a layer below the top."""
+    def sample_kl(
+        self, x: Tensor, *, key: NoiseKey | None = None, reduction: str = "sample"
+    ) -> tuple[Tensor, Tensor]:
+        """z ~ q(z|x), and the rate in nats: ``[B]``, or that of each dimension like z
+        (``reduction="none"``); both with gradients.
+        """
+        _, z, kl = self._descend(len(x), self._posterior(x, key, reduction))
+        return torch.cat(z, 1), torch.cat(kl, 1) if reduction == "none" else torch.stack(kl).sum(0)
+
+    def decode(self, z: Tensor) -> Decoded:
+        """Mean and log-variance of p(x|z)."""
+        parts = z.split(self.latents, 1)
+        return self._descend(len(z), lambda layer, _: (parts[layer], parts[layer]))[0]
+
+    def states(self, z: Tensor) -> list[Tensor]:
+        """The state above each layer, ``[B, width]``, top first."""
+        parts = z.split(self.latents, 1)
+        return self._descend(len(z), lambda layer, way_down: (parts[layer], way_down))[2]
+
+    def _descend(self, count: int, draw: Draw) -> tuple[Decoded, list[Tensor], list[Tensor]]:
+        """p(x|z), and what `draw` gave for each layer."""
+        way_down, drawn, numbers = self.top.expand(count, -1), [], []
+        for layer, block in enumerate(self.down):
+            with tracing.range("latent"):
+                z, number = draw(layer, way_down)
+            drawn.append(z)
+            numbers.append(number)
+            with tracing.range("decoder"):
+                way_down = block(torch.cat([way_down, z], 1))
+        with tracing.range("decoder"):
+            mean, logvar = self.likelihood(self.decoder(way_down))
+        return (mean, logvar), drawn, numbers
+
+    def _posterior(self, x: Tensor, key: NoiseKey | None, reduction: str = "sample") -> Draw:
+        seen = self.way_up(x)
+
+        def draw(layer: int, way_down: Tensor) -> tuple[Tensor, Tensor]:
+            q = self.posterior_moments(layer, way_down, seen[layer])
+            p = self.prior_moments(layer, way_down)
+            return reparameterize_kl(*q, *p, key=key and key.fold_in(layer), reduction=reduction)
+
+        return draw
+
+    def way_up(self, x: Tensor) -> list[Tensor]:
+        """What the posterior of each layer sees of x, ``[B, width]``, top first."""
+        states = [x.flatten(1)]
+        with tracing.range("encoder"):
+            for block in self.up:
+                states.append(block(states[-1]))
+        return states[:0:-1]
+
+    def posterior_moments(
+        self, layer: int, way_down: Tensor, seen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z_l | z_<l, x)."""
+        mean, logvar = self.posterior[layer](torch.cat([way_down, seen], 1)).chunk(2, 1)
+        return mean, logvar
+
+    def prior_moments(
+        self, layer: int, way_down: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Of p(z_l | z_<l); None at the top, where it is N(0, I)."""
+        if layer == 0:
+            return None, None
         mean, logvar = self.prior[layer - 1](way_down).chunk(2, 1)
         return mean, logvar
 
     @torch.no_grad()
+    def code(self, x: Tensor) -> Tensor:
+        """The means of q(z_l | z_<l, x), each given those above it, like z."""
+        seen = self.way_up(x)
+
+        def draw(layer: int, way_down: Tensor) -> tuple[Tensor, Tensor]:
+            mean, _ = self.posterior_moments(layer, way_down, seen[layer])
+            return mean, mean
+
+        return torch.cat(self._descend(len(x), draw)[1], 1)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The mean of p(x|z) at `code`."""
+        return self.decode(self.code(x))[0]
+
+    @torch.no_grad()
     def sample(self, count: int, *, key: NoiseKey | None = None) -> Tensor:
         """``[count, *event]``: the mean of p(x|z) for z from the prior, layer by layer."""
-        way_down = self.top.expand(count, -1)
-        for layer, size in enumerate(self.latents):
-            mean = logvar = way_down.new_zeros(count, size)
-            if layer > 0:
-                mean, logvar = self.prior_moments(layer, way_down)
+
+        def draw(layer: int, way_down: Tensor) -> tuple[Tensor, Tensor]:
+            mean, logvar = self.prior_moments(layer, way_down)
+            if mean is None or logvar is None:
+                mean = logvar = way_down.new_zeros(count, self.latents[0])
             z = reparameterize(mean, logvar, key=key and key.fold_in(layer))
-            way_down = self.down[layer](torch.cat([way_down, z], 1))
-        decoded: Tensor = self.likelihood(self.decoder(way_down))[0]
-        return decoded
+            return z, z
+
+        return self._descend(count, draw)[0][0]
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor, num_samples: int = 100, *, key: NoiseKey | None = None) -> Tensor:
+        """Importance-weighted lower bound on log p(x), ``[B]`` nats, as `VAE.log_prob`."""
+        if num_samples < 1:
+            raise ValueError(f"log_prob: num_samples must be positive, got {num_samples}")
+        log_weights = []
+        for index in range(num_samples):
+            z, _ = self.sample_kl(x, key=key and key.fold_in(index))
+            log_weights.append(self.log_weight(x, z))
+        return torch.stack(log_weights).logsumexp(0) - math.log(num_samples)
+
+    def log_weight(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z) - log q(z|x) ``[B]`` nats."""
+        seen, parts = self.way_up(x), z.split(self.latents, 1)
+
+        def draw(layer: int, way_down: Tensor) -> tuple[Tensor, Tensor]:
+            part = parts[layer]
+            log_q = gaussian_log_likelihood(
+                part, *self.posterior_moments(layer, way_down, seen[layer])
+            )
+            mean, logvar = self.prior_moments(layer, way_down)
+            mean = torch.zeros_like(part) if mean is None else mean
+            return part, gaussian_log_likelihood(part, mean, logvar) - log_q
+
+        (mean, logvar), _, log_ratios = self._descend(len(x), draw)
+        return gaussian_log_likelihood(x, mean, logvar) + torch.stack(log_ratios).sum(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,13 +81,31 @@ class InverseAutoregressiveFlow(Flow):
     def forward(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Flow`."""
         latent_vectors("InverseAutoregressiveFlow", z, self.latent)
-        contexts: tuple[Tensor | None, ...] = (None,) * len(self.steps)
-        if self.context is not None:
-            contexts = self.context(x).chunk(len(self.steps), -1)
         z = wide(z)
         log_det = torch.zeros_like(z[..., 0])
-        for step, context in zip(self.steps, contexts):
+        for step, context in zip(self.steps, self._contexts(x)):
             m, s = step(z, context)
             z = s.sigmoid() * z + (1 - s.sigmoid()) * m
             log_det = log_det + F.logsigmoid(s).sum(-1)
         return z, log_det
+
+    def _contexts(self, x: Tensor) -> Sequence[Tensor | None]:
+        if self.context is None:
+            return (None,) * len(self.steps)
+        found: Tensor = self.context(x)
+        return found.chunk(len(self.steps), -1)
+
+    @torch.no_grad()
+    def inverse(self, z: Tensor, x: Tensor) -> Tensor:
+        """See `Flow`. One dimension after the other: the first is known at once, and each pass
+        through the network makes one more right.
+        """
+        latent_vectors("InverseAutoregressiveFlow", z, self.latent)
+        z = wide(z)
+        for step, context in reversed(list(zip(self.steps, self._contexts(x)))):
+            z_0 = torch.zeros_like(z)
+            for _ in range(self.latent):
+                m, s = step(z_0, context)
+                z_0 = (z - (1 - s.sigmoid()) * m) / s.sigmoid()
+            z = z_0
+        return z

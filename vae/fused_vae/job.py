@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from . import data, distributed, plots, tensorboard
+from .architecture import Model, sample
 from .baseline import ProbabilisticPCA
 from .config import TrainConfig
 from .data import Images
 from .distributed import Ranks
 from .errors import UserError
 from .machine import Machine, check_packages
-from .model import VAE
 from .networks import count_parameters
 from .randomness import DEQUANTISE, NOISE_PICTURES, seeded
 from .run_folder import CHECKPOINT, CONFIG, EARLY, METRICS, RunFolder, read_checkpoint, read_json
@@ -93,12 +93,14 @@ def _asked(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
         values["objective_options"] = {**own, **options.get("objective_options", {})}
     elif "objective_options" not in options:
         values["objective_options"] = {}
+    if values["network"] != config.network and "layers" not in options:
+        values["layers"] = 0
     if values["data"] not in data.BUILT_IN:
         values["data"] = str(Path(values["data"]).resolve())
     return TrainConfig(**values)
 
 
-def load_run(run: str | Path, checkpoint: str = CHECKPOINT) -> tuple[VAE, TrainConfig, Images]:
+def load_run(run: str | Path, checkpoint: str = CHECKPOINT) -> tuple[Model, TrainConfig, Images]:
     """The trained model of a run folder (`EARLY`: after one epoch), its configuration and images.
 
     Raises:
@@ -108,7 +110,7 @@ def load_run(run: str | Path, checkpoint: str = CHECKPOINT) -> tuple[VAE, TrainC
     stored = read_json(folder / CONFIG)
     config = TrainConfig.from_dict(stored["train"])
     images = data.load(config.data)
-    model = config.build(images)
+    model = config.build(images.split(config.held_out, config.seed)[0])
     load_model(model, read_checkpoint(folder, checkpoint)[0])
     return model.eval(), config, images
 
@@ -175,7 +177,7 @@ class _Job:
             end=" ",
         )
         print(f"{images.levels} levels; {len(self.train)} to train, {len(self.held_out)} held out")
-        print(f"model     {config.network}, {config.latent} latent dimensions,", end=" ")
+        print(f"model     {config.architecture().describe()},", end=" ")
         print(
             f"{config.variance} variance, {count_parameters(trainer.model):,} parameters", end=" "
         )
@@ -230,15 +232,15 @@ class _Job:
         self.folder.write(METRICS, write_metrics)
 
     def _conclude(self) -> None:
-        trainer, folder = self.trainer, self.folder
+        trainer, folder, config = self.trainer, self.folder, self.trainer.config
         history = trainer.progress.history
         x = trainer.x_held_out[:PICTURES]
         key = trainer.key.fold_in(NOISE_PICTURES)
         restored = trainer.model.eval().reconstruct(x)
-        drawn = trainer.model.sample(SAMPLES, trainer.config.latent, key=key)
+        drawn = sample(trainer.model, SAMPLES, config.latent, key)
         figures = {
             "reconstructions.png": plots.reconstructions_figure(x, restored),
-            "samples.png": plots.samples_figure(drawn),
+            "samples.png": plots.samples_figure(drawn, config.architecture().prior_name),
             "curves.png": plots.curves_figure(history, self.baseline),
         }
         for name, figure in figures.items():

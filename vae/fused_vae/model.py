@@ -76,11 +76,15 @@ class VAE(nn.Module):
             mean, logvar = self.likelihood(self.decoder(z))
         return mean, logvar
 
-    def sample_kl(self, x: Tensor, *, key: NoiseKey | None = None) -> tuple[Tensor, Tensor]:
-        """z ~ q(z|x) ``[B, latent]`` and KL(q(z|x) || p(z)) ``[B]`` nats, both with gradients."""
+    def sample_kl(
+        self, x: Tensor, *, key: NoiseKey | None = None, reduction: str = "sample"
+    ) -> tuple[Tensor, Tensor]:
+        """z ~ q(z|x) ``[B, latent]`` and KL(q(z|x) || p(z)) in nats, ``[B]`` or that of each
+        dimension like z (``reduction="none"``); both with gradients.
+        """
         q = self.encode(x)
         with tracing.range("latent"):
-            return q.sample_kl(key=key)
+            return q.sample_kl(key=key, reduction=reduction)
 
     def forward(
         self, x: Tensor, *, key: NoiseKey | None = None, beta: float | Tensor = 1.0
@@ -100,9 +104,14 @@ class VAE(nn.Module):
         return VAEOutput(loss, log_likelihood, kl, mean)
 
     @torch.no_grad()
+    def code(self, x: Tensor) -> Tensor:
+        """The mean of q(z|x), ``[B, latent]``."""
+        return self.encode(x).mode()
+
+    @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z) at the mean of q(z|x): the picture without sampling noise."""
-        return self.decode(self.encode(x).mode())[0]
+        """The mean of p(x|z) at `code`: the picture without sampling noise."""
+        return self.decode(self.code(x))[0]
 
     @torch.no_grad()
     def sample(self, *shape: int, key: NoiseKey | None = None) -> Tensor:
@@ -115,7 +124,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def log_prob(
-        self, x: Tensor, num_samples: int = 100, *, key: NoiseKey | None = None, chunk: int = 50
+        self, x: Tensor, num_samples: int = 100, *, key: NoiseKey | None = None, chunk: int = 10
     ) -> Tensor:
         """Importance-weighted lower bound on log p(x), ``[B]`` nats (IWAE, arXiv:1509.00519).
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from . import recipes
+from .architecture import Architecture
 from .errors import UserError
 from .recipe import Recipe, flag
 
@@ -22,6 +23,7 @@ OBJECTIVES: dict[str, type[Recipe]] = {
     "infovae": recipes.InfoVAE,
     "optimal-sigma": recipes.OptimalSigma,
     "beta-nll": recipes.BetaNLL,
+    "balanced": recipes.Balanced,
 }
 
 
@@ -51,11 +53,12 @@ def options() -> dict[str, Option]:
     return found
 
 
-def build(objective: str, chosen: dict[str, Any], variance: str) -> Recipe:
-    """The objective of this name with these options.
+def build(objective: str, chosen: dict[str, Any], model: Architecture) -> Recipe:
+    """The objective of this name with these options, for a model.
 
     Raises:
-        UserError: no such objective, an option that is not its own, or a bad value.
+        UserError: no such objective, an option that is not its own, a bad value, or a model that
+            it is not for.
     """
     if objective not in OBJECTIVES:
         raise UserError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {objective}")
@@ -72,5 +75,6 @@ def build(objective: str, chosen: dict[str, Any], variance: str) -> Recipe:
                 f"{flag(name)} must be one of {', '.join(get_args(types[name]))}, got {value}"
             )
     made = recipe(**chosen)
-    made.check(variance)
+    made.fit(model)
+    made.check(model)
     return made

@@ -143,17 +143,25 @@ class GECO:
 def balanced(
     log_likelihood: Tensor, kl: Sequence[Tensor], sizes: Sequence[int], beta: float
 ) -> Objective:
-    """Price layers in proportion to what they use while warming up (NVAE, arXiv:2007.03898).
+    """Price layers in proportion to what they use while warming up (NVAE, arXiv:2007.03898,
+    appendix A; DVAE++, arXiv:1802.04920, appendix H).
 
-    weight_l is proportional to size_l * mean_B KL_l, their mean is 1; at beta = 1 all weights are
-    1. A layer that carries little pays little, and so is not switched off before it has learned
-    anything.
+        weight_l = L (mean_B KL_l / size_l) / sum_i (mean_B KL_i / size_i),    held fixed
+
+    so that their mean is 1; at beta = 1 all weights are 1. A layer whose dimensions carry little
+    pays little, and so is not switched off before it has learned anything. NVAE's text multiplies
+    by the size where its code, and DVAE++, divide by it; its authors call the text a misprint
+    (https://github.com/NVlabs/NVAE/issues/26), and this divides.
+
+    Args:
+        log_likelihood: ``[B]``.
+        kl: of each layer ``[B]``.
+        sizes: dimensions of each layer.
+        beta: of the whole rate.
     """
     layers = torch.stack(list(kl))
     if beta < 1:
-        used = layers.detach().mean(1) * torch.as_tensor(sizes, dtype=layers.dtype).to(
-            layers.device
-        )
+        used = layers.detach().mean(1) / layers.new_tensor(sizes)
         weights = len(layers) * used / used.sum().clamp(min=torch.finfo(used.dtype).tiny)
     else:
         weights = torch.ones_like(layers[:, 0])

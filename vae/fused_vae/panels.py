@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_elbo import DiagonalGaussian
-
 from . import plots
 from .analysis import ACTIVE_VARIANCE
+from .architecture import sample
 from .study import Material, Study
 
 if TYPE_CHECKING:
@@ -114,14 +113,13 @@ def _posterior_beside_prior(material: Material, result: Study) -> Panel:
     columns, model = 10, material.model
     rows: list[tuple[str, Tensor]] = []
     for index in range(min(3, material.queries)):
-        mean = material.q.mean[index].expand(columns - 1, -1)
-        logvar = material.q.logvar[index].expand(columns - 1, -1)
-        q = DiagonalGaussian(mean, logvar)
-        drawn = model.decode(q.rsample(key=material.key.fold_in(10 + index)))[0]
+        copies = material.x[index].expand(columns - 1, -1, -1, -1)
+        z, _ = model.sample_kl(copies, key=material.key.fold_in(10 + index))
+        drawn = model.decode(z)[0]
         rows.append(("z ~ q(z | first)", torch.cat([material.x[index : index + 1], drawn])))
-    latent = material.q.mean.shape[1]
+    latent = material.code.shape[1]
     for index in range(3):
-        drawn = model.sample(columns, latent, key=material.key.fold_in(20 + index))
+        drawn = sample(model, columns, latent, material.key.fold_in(20 + index))
         rows.append(("z ~ prior", drawn))
     one = _rms(torch.cat([p[1:-1] - p[2:] for label, p in rows if label != "z ~ prior"]))
     prior = _rms(torch.cat([p[:-1] - p[1:] for label, p in rows if label == "z ~ prior"]))
@@ -150,7 +148,7 @@ def _interpolations(material: Material, result: Study) -> Panel:
     for index in range(min(4, material.queries // 2)):
         a, b = 2 * index, 2 * index + 1
         share = torch.linspace(0, 1, 9)[:, None]
-        between = material.q.mean[a] * (1 - share) + material.q.mean[b] * share
+        between = material.code[a] * (1 - share) + material.code[b] * share
         drawn = material.model.decode(between)[0]
         ends.append(drawn[0] - drawn[-1])
         halfway.append(drawn[4] - (drawn[0] + drawn[-1]) / 2)
@@ -174,22 +172,27 @@ def _interpolations(material: Material, result: Study) -> Panel:
 
 @torch.no_grad()
 def _traversals(material: Material, result: Study) -> Panel:
-    order = result.kl_per_dimension.argsort(descending=True)[:10].tolist()
-    values = torch.linspace(-3, 3, 11)
+    shares, unit, what = _shares(result)
+    order = shares.argsort(descending=True)[:10].tolist()
+    standard = material.config.architecture().prior_name == "N(0, I)"
+    steps = torch.linspace(0, 1, 11)
     rows, changes = [], []
     for dimension in order:
-        z = material.q.mean[0].expand(len(values), -1).clone()
-        z[:, dimension] = values
+        z = material.code[0].expand(len(steps), -1).clone()
+        codes = material.code[:, dimension]
+        low, high = (-3.0, 3.0) if standard else (float(codes.min()), float(codes.max()))
+        z[:, dimension] = low + (high - low) * steps
         drawn = material.model.decode(z)[0]
         changes.append(_rms(drawn - drawn.mean(0)))
-        rows.append((f"z{dimension}: {result.kl_per_dimension[dimension]:.1f} nats", drawn))
-    nats = [f"{float(result.kl_per_dimension[order[i]]):.1f}" for i in (0, -1)]
+        rows.append((f"z{dimension}: {shares[dimension]:.1f} {unit}".rstrip(), drawn))
+    ends = [f"{what} {float(shares[order[i]]):.1f} {unit}".rstrip() for i in (0, -1)]
     return Panel(
         "What each latent dimension does",
-        "One picture's code with a single dimension moved from -3 to 3, dimensions in the order of "
-        "their share of the rate.",
-        f"The first dimension ({nats[0]} nats) moves a pixel by {changes[0]:.3f} (root mean square"
-        f" over its row), the last one shown ({nats[1]} nats) by {changes[-1]:.3f}: "
+        "One picture's code with a single dimension moved from "
+        + ("-3 to 3" if standard else "the least to the greatest value that a picture has there")
+        + f", dimensions in the order of their {what}.",
+        f"The first dimension ({ends[0]}) moves a pixel by {changes[0]:.3f} (root mean square"
+        f" over its row), the last one shown ({ends[1]}) by {changes[-1]:.3f}: "
         + (
             "what the decoder reads is what the encoder wrote and paid for."
             if informative(result)
@@ -200,28 +203,40 @@ def _traversals(material: Material, result: Study) -> Panel:
     )
 
 
+def _shares(result: Study) -> tuple[Tensor, str, str]:
+    """What dimensions are ordered by, its unit, and what it is."""
+    if result.kl_per_dimension is not None:
+        return result.kl_per_dimension, "nats", "share of the rate"
+    return result.spread, "", "variance from picture to picture"
+
+
 def _dimensions(result: Study) -> Panel:
     figure = plots.new_figure(8, 3)
     axes = figure.subplots()
-    kl, active = result.kl_per_dimension, result.active
-    order = kl.argsort(descending=True)
+    (shares, _, _), active = _shares(result), result.active
+    split = result.kl_per_dimension is not None
+    order = shares.argsort(descending=True)
     colors = ["C0" if active[d] else "0.7" for d in order]
-    axes.bar(range(len(kl)), kl[order].tolist(), color=colors)
-    if len(kl) <= 40:
-        axes.set_xticks(range(len(kl)), [f"z{d}" for d in order.tolist()], fontsize=8)
-    axes.set(xlabel="latent dimension", ylabel="KL to N(0, 1), nats")
+    axes.bar(range(len(shares)), shares[order].tolist(), color=colors)
+    if len(shares) <= 40:
+        axes.set_xticks(range(len(shares)), [f"z{d}" for d in order.tolist()], fontsize=8)
+    axes.set(xlabel="latent dimension", ylabel="KL, nats" if split else "variance of the codes")
     used, rest = int(active.sum()), int((~active).sum())
     idle = (
-        f", and the other {rest} (gray) say nothing and cost {float(kl[~active].sum()):.2f} nats"
-        " together"
+        f", and the other {rest} (gray) say nothing"
+        + (f" and cost {float(shares[~active].sum()):.2f} nats together" if split else "")
         if rest
         else ""
     )
     return Panel(
         "Active units",
         "The rate of each dimension, highest first: together they are the"
-        f" {float(kl.sum()):.1f} nats that a picture's code costs.",
-        f"{used} of {len(kl)} dimensions are in use (from picture to picture the mean of their"
+        f" {float(shares.sum()):.1f} nats that a picture's code costs."
+        if split
+        else "How much each dimension of the code varies from picture to picture, most first: the"
+        f" {result.rate:.1f} nats that a code costs have no share per dimension, as a flow or a"
+        " learned prior ties the dimensions together.",
+        f"{used} of {len(shares)} dimensions are in use (from picture to picture the mean of their"
         f" posterior varies, with a variance above {ACTIVE_VARIANCE}){idle}.",
         figure,
     )

@@ -77,13 +77,13 @@ def rows_figure(rows: Sequence[tuple[str, Tensor]], title: str = "") -> Figure:
     return figure
 
 
-def samples_figure(images: Tensor, columns: int = 10) -> Figure:
-    """Pictures decoded from z ~ N(0, I)."""
+def samples_figure(images: Tensor, prior: str = "N(0, I)", columns: int = 10) -> Figure:
+    """Pictures decoded from samples of the prior of this name."""
     figure = new_figure(8, 8.4)
     axes = figure.subplots()
     axes.imshow(tile(images, columns).numpy(), interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title("Decoded from z ~ N(0, I): pictures that were never in the data")
+    axes.set_title(f"Decoded from z ~ {prior}: pictures that were never in the data")
     return figure
 
 

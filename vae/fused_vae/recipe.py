@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fused_elbo import NoiseKey
 
+from .architecture import Architecture, Model
 from .data import Images
 from .distributed import Ranks
 from .errors import UserError
-from .model import VAE
 
 Parts = dict[str, Tensor]
 """``log_likelihood`` and ``kl`` ``[B]``, for the log, and what the objective needs beside."""
@@ -33,6 +33,7 @@ class Batch:
     data_size: int  # number of training images
     key: NoiseKey  # of this step
     ranks: Ranks
+    price: float = 1.0  # of this step
 
 
 @dataclass
@@ -40,18 +41,37 @@ class Recipe:
     """One objective. The fields of a subclass are its options on the command line.
 
     ``has_beta``: whether ``--beta`` and ``--warm-up`` apply.
+    ``gaussian_posterior``, ``standard_prior``, ``one_layer``: why it needs them; empty: it does
+    not.
     """
 
     has_beta: ClassVar[bool] = False
+    gaussian_posterior: ClassVar[str] = ""
+    standard_prior: ClassVar[str] = ""
+    one_layer: ClassVar[str] = ""
 
-    def check(self, variance: str) -> None:
-        """Refuse options out of range, or a decoder variance that does not fit.
+    def fit(self, model: Architecture) -> None:
+        """Refuse a model that the objective has no meaning for.
+
+        Raises:
+            UserError: in one line.
+        """
+        for reason, fits, needs in (
+            (self.gaussian_posterior, model.flow == "none", "--flow none"),
+            (self.standard_prior, model.prior == "standard", "--prior standard"),
+            (self.one_layer, not model.hierarchical, "--network conv or mlp"),
+        ):
+            if reason and not fits:
+                raise UserError(f"this --objective needs {needs}: {reason}")
+
+    def check(self, model: Architecture) -> None:
+        """Refuse options out of range, or that do not fit the model.
 
         Raises:
             UserError: in one line.
         """
 
-    def prepare(self, model: VAE, images: Images) -> None:
+    def prepare(self, model: Model, images: Images) -> None:
         """Called once, before training on these images."""
 
     def price(self, beta: float, step: int) -> float:
@@ -62,7 +82,7 @@ class Recipe:
         """What one nat of rate costs in nats of distortion, for the log."""
         return 1.0
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
         """Of the images ``[b, *event]`` of this rank."""
         raise NotImplementedError
 
@@ -70,7 +90,7 @@ class Recipe:
         """``[]``; over ranks, its gradients add up to the gradient of the objective."""
         return parts["loss"] * batch.ranks.share(batch.size)
 
-    def advance(self, model: VAE) -> None:
+    def advance(self, model: Model) -> None:
         """Called after an update of the parameters."""
 
     def state(self) -> dict[str, Any]:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from fused_elbo import DiagonalGaussian, NoiseKey, gaussian_log_likelihood, reparameterize
 
 from . import importance, objectives
+from .architecture import Architecture, Model
 from .data import Images
 from .errors import UserError
-from .model import VAE, VAEOutput
+from .flexible import FlexibleVAE
+from .hierarchy import HierarchicalVAE
+from .model import VAE
 from .recipe import Batch, Parts, Recipe, at_least, option
 
 NOISE_PRIOR = 1 << 32
@@ -22,17 +25,22 @@ NOISE_PRIOR = 1 << 32
 
 
 def _rate_and_likelihood(
-    model: VAE, x: Tensor, key: NoiseKey, reduction: str = "sample"
-) -> tuple[DiagonalGaussian, Tensor, Tensor, Tensor]:
-    """q(z|x), z, KL (reduced), log p(x|z) ``[b]``, with gradient."""
-    q = model.encode(x)
-    z, kl = q.sample_kl(key=key, reduction=reduction)
+    model: Model, x: Tensor, key: NoiseKey, reduction: str = "sample"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z, KL (reduced), log p(x|z) ``[b]``, with gradient."""
+    z, kl = model.sample_kl(x, key=key, reduction=reduction)
     mean, logvar = model.decode(z)
-    return q, z, kl, gaussian_log_likelihood(x, mean, logvar)
+    return z, kl, gaussian_log_likelihood(x, mean, logvar)
 
 
 def _all(parts: Parts, batch: Batch, *names: str) -> list[Tensor]:
     return [batch.ranks.gather(parts[name], batch.size) for name in names]
+
+
+def _by_layer(model: Model, kl: Tensor) -> Tensor:
+    """``[b, layers]`` from the KL of each dimension."""
+    sizes = model.latents if isinstance(model, HierarchicalVAE) else (kl.shape[1],)
+    return torch.stack([layer.sum(1) for layer in kl.split(sizes, 1)], 1)
 
 
 @dataclass
@@ -44,8 +52,8 @@ class ELBO(Recipe):
     def weight(self, price: float) -> float:
         return price
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
-        out: VAEOutput = model(x, key=key, beta=price)
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        out = model(x, key=key, beta=price)
         return {"loss": out.loss, "log_likelihood": out.log_likelihood, "kl": out.kl}
 
 
@@ -53,14 +61,14 @@ class ELBO(Recipe):
 class _Plain(Recipe):
     """Objectives of the whole batch's log-likelihoods and rates."""
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
-        _, _, kl, log_likelihood = _rate_and_likelihood(model, x, key)
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        _, kl, log_likelihood = _rate_and_likelihood(model, x, key)
         return {"log_likelihood": log_likelihood, "kl": kl}
 
 
 @dataclass
 class FreeBits(Recipe):
-    """`objectives.free_bits`, per latent dimension or for the layer as a whole."""
+    """`objectives.free_bits`, per latent dimension or per stochastic layer."""
 
     floor: float = option(0.5, "nats of rate that are free, per group (soft-free-bits: in all)")
     order: Literal["mean-first", "clamp-first"] = option(
@@ -68,21 +76,34 @@ class FreeBits(Recipe):
         "the floor applies to the mean over the batch (mean-first) or to each image (clamp-first)",
     )
     group: Literal["dimension", "layer"] = option(
-        "dimension", "what a floor is for: each latent dimension, or the whole layer"
+        "dimension", "what a floor is for: each latent dimension, or each stochastic layer"
     )
 
-    def check(self, variance: str) -> None:
+    def check(self, model: Architecture) -> None:
         at_least("floor", self.floor, 0)
+        if model.flexible and self.group == "dimension":
+            raise UserError(
+                "--group dimension needs a rate per dimension, which --flow and --prior do not"
+                " have; --group layer has its floor for the whole rate"
+            )
+        if model.flexible and self.order == "clamp-first":
+            raise UserError(
+                "--order clamp-first needs the exact rate of each image; with --flow or --prior it"
+                " is an estimate, right on average: --order mean-first"
+            )
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
-        _, _, kl, log_likelihood = _rate_and_likelihood(model, x, key, "none")
-        return {"log_likelihood": log_likelihood, "kl": kl.sum(1), "kl_dimensions": kl}
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        if isinstance(model, FlexibleVAE):
+            _, kl, log_likelihood = _rate_and_likelihood(model, x, key)
+            return {"log_likelihood": log_likelihood, "kl": kl, "kl_groups": kl[:, None]}
+        _, kl, log_likelihood = _rate_and_likelihood(model, x, key, "none")
+        groups = kl if self.group == "dimension" else _by_layer(model, kl)
+        return {"log_likelihood": log_likelihood, "kl": kl.sum(1), "kl_groups": groups}
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
-        log_likelihood, kl, dimensions = _all(parts, batch, "log_likelihood", "kl", "kl_dimensions")
-        groups = dimensions.unbind(1) if self.group == "dimension" else [kl]
+        log_likelihood, groups = _all(parts, batch, "log_likelihood", "kl_groups")
         order: Any = self.order.replace("-", "_")
-        return objectives.free_bits(log_likelihood, groups, self.floor, order=order).loss
+        return objectives.free_bits(log_likelihood, groups.unbind(1), self.floor, order=order).loss
 
 
 @dataclass
@@ -91,7 +112,7 @@ class SoftFreeBits(_Plain):
 
     floor: float = option(5.0, "nats of rate wanted")
 
-    def check(self, variance: str) -> None:
+    def check(self, model: Architecture) -> None:
         at_least("floor", self.floor, 0)
 
     def __post_init__(self) -> None:
@@ -122,7 +143,7 @@ class Capacity(Recipe):
     capacity_weight: float = option(10.0, "price of a nat off the capacity")
     capacity_steps: int = option(500, "steps over which the capacity rises from 0")
 
-    def check(self, variance: str) -> None:
+    def check(self, model: Architecture) -> None:
         at_least("capacity", self.capacity, 0)
         at_least("capacity_weight", self.capacity_weight, 0)
         at_least("capacity_steps", self.capacity_steps, 1)
@@ -130,8 +151,8 @@ class Capacity(Recipe):
     def price(self, beta: float, step: int) -> float:
         return self.capacity * objectives.linear_warm_up(step, self.capacity_steps)
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
-        _, _, kl, log_likelihood = _rate_and_likelihood(model, x, key)
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        _, kl, log_likelihood = _rate_and_likelihood(model, x, key)
         loss = objectives.capacity(log_likelihood, kl, price, self.capacity_weight).loss
         return {"loss": loss, "log_likelihood": log_likelihood, "kl": kl}
 
@@ -146,7 +167,7 @@ class GECO(_Plain):
     speed: float = option(0.1, "of the multiplier, for a constraint missed by one nat per pixel")
     decay: float = option(0.99, "of the constraint's moving average")
 
-    def check(self, variance: str) -> None:
+    def check(self, model: Architecture) -> None:
         if not math.isfinite(self.target):
             raise UserError(
                 "--objective geco needs --target, the distortion wanted, in nats per image as"
@@ -159,7 +180,7 @@ class GECO(_Plain):
     def __post_init__(self) -> None:
         self._objective = objectives.GECO(self.target, decay=self.decay)
 
-    def prepare(self, model: VAE, images: Images) -> None:
+    def prepare(self, model: Model, images: Images) -> None:
         self._objective.target = self.target - images.nats_per_density
         # Nats grow with the pixels: without this, large images throw the multiplier about.
         self._objective.speed = self.speed / math.prod(images.shape)
@@ -182,17 +203,21 @@ class GECO(_Plain):
 class IWAE(Recipe):
     """`importance.importance_weighted`, the gradient of the bound itself."""
 
+    one_layer = "its samples are those of one latent vector"
     estimator: ClassVar[importance.Estimator] = "iwae"
     samples: int = option(8, "per image")
 
-    def check(self, variance: str) -> None:
+    def check(self, model: Architecture) -> None:
         at_least("samples", self.samples, 1)
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        assert isinstance(model, VAE)
         log_weight, q = importance.log_weights(
             model, x, self.samples, estimator=self.estimator, key=key
         )
-        kl = q.kl().detach()
+        with torch.no_grad():
+            flexible = isinstance(model, FlexibleVAE)
+            kl = model.sample_kl(x, key=key)[1] if flexible else q.kl()
         loss = -importance.bound(log_weight).mean()
         # E[log weight] is the ELBO, so that with the exact rate this has the mean of log p(x|z).
         return {"loss": loss, "log_likelihood": log_weight.detach().mean(0) + kl, "kl": kl}
@@ -216,13 +241,20 @@ class DReG(IWAE):
 class BetaTC(Recipe):
     """`importance.total_correlation`."""
 
+    gaussian_posterior = "the total correlation is that of Gaussian posteriors"
+    standard_prior = "it prices each dimension against N(0, 1)"
+    one_layer = "the total correlation is that of one latent vector"
     tc_weight: float = option(6.0, "price of the total correlation")
 
-    def check(self, variance: str) -> None:
+    def check(self, model: Architecture) -> None:
         at_least("tc_weight", self.tc_weight, 0)
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
-        q, z, kl, log_likelihood = _rate_and_likelihood(model, x, key)
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        assert isinstance(model, VAE)
+        q = model.encode(x)
+        z, kl = q.sample_kl(key=key)
+        mean, logvar = model.decode(z)
+        log_likelihood = gaussian_log_likelihood(x, mean, logvar)
         posterior = {"z": z, "mean": q.mean, "logvar": q.logvar}
         return {"log_likelihood": log_likelihood, "kl": kl.detach(), **posterior}
 
@@ -242,10 +274,12 @@ class InfoVAE(Recipe):
     images.
     """
 
+    standard_prior = "samples of a learned prior carry no gradient to it"
+    one_layer = "its samples of the prior are those of one latent vector"
     alpha: float = option(0.0, "takes this share of the rate's price away")
     mmd_weight: float = option(1000.0, "lambda; the discrepancy's price is alpha + lambda - 1")
 
-    def check(self, variance: str) -> None:
+    def check(self, model: Architecture) -> None:
         if not self.alpha <= 1:
             raise UserError(f"--alpha must be at most 1, got {self.alpha}")
         if not self.alpha + self.mmd_weight >= 1:
@@ -254,8 +288,8 @@ class InfoVAE(Recipe):
                 f" {self.mmd_weight}"
             )
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
-        _, z, kl, log_likelihood = _rate_and_likelihood(model, x, key)
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        z, kl, log_likelihood = _rate_and_likelihood(model, x, key)
         return {"log_likelihood": log_likelihood, "kl": kl, "z": z}
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
@@ -271,17 +305,18 @@ class InfoVAE(Recipe):
 class OptimalSigma(Recipe):
     """`objectives.optimal_sigma`: the learned sigma is set, not trained, to that of each batch."""
 
-    def check(self, variance: str) -> None:
-        if variance != "learned":
-            raise UserError(f"--objective optimal-sigma needs --variance learned, got {variance}")
+    def check(self, model: Architecture) -> None:
+        if model.variance != "learned":
+            raise UserError(
+                f"--objective optimal-sigma needs --variance learned, got {model.variance}"
+            )
 
-    def prepare(self, model: VAE, images: Images) -> None:
+    def prepare(self, model: Model, images: Images) -> None:
         self._floor = images.rounding_error**2
         cast(nn.Parameter, model.likelihood.logvar).requires_grad_(False)
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
-        q = model.encode(x)
-        z, kl = q.sample_kl(key=key)
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        z, kl = model.sample_kl(x, key=key)
         mean, logvar = model.decode(z)
         with torch.no_grad():
             log_likelihood = gaussian_log_likelihood(x, mean, logvar)
@@ -293,7 +328,7 @@ class OptimalSigma(Recipe):
         self._variance = squared_error.detach().mean() / batch.event
         return objectives.optimal_variance(squared_error, batch.event, kl).loss
 
-    def advance(self, model: VAE) -> None:
+    def advance(self, model: Model) -> None:
         logvar = cast(nn.Parameter, model.likelihood.logvar)
         with torch.no_grad():
             logvar.copy_(self._variance.clamp(min=self._floor).log())
@@ -305,16 +340,44 @@ class BetaNLL(Recipe):
 
     power: float = option(0.5, "pixels are weighted by their variance to this power")
 
-    def check(self, variance: str) -> None:
+    def check(self, model: Architecture) -> None:
         if not 0 <= self.power <= 1:
             raise UserError(f"--power must lie between 0 and 1, got {self.power}")
-        if variance != "predicted":
-            raise UserError(f"--objective beta-nll needs --variance predicted, got {variance}")
+        if model.variance != "predicted":
+            raise UserError(
+                f"--objective beta-nll needs --variance predicted, got {model.variance}"
+            )
 
-    def parts(self, model: VAE, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
-        q = model.encode(x)
-        z, kl = q.sample_kl(key=key)
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        z, kl = model.sample_kl(x, key=key)
         mean, logvar = model.decode(z)
         objective = objectives.beta_nll(x, mean, cast(Tensor, logvar), kl, self.power)
         kl = kl.detach()
         return {"loss": objective.loss, "log_likelihood": objective.elbo + kl, "kl": kl}
+
+
+@dataclass
+class Balanced(Recipe):
+    """`objectives.balanced`, over the stochastic layers."""
+
+    has_beta = True
+
+    def check(self, model: Architecture) -> None:
+        if not model.hierarchical:
+            raise UserError("--objective balanced needs several layers: --network hierarchy")
+
+    def prepare(self, model: Model, images: Images) -> None:
+        self._sizes = cast(HierarchicalVAE, model).latents
+
+    def weight(self, price: float) -> float:
+        return price
+
+    def parts(self, model: Model, x: Tensor, key: NoiseKey, price: Tensor | float) -> Parts:
+        _, kl, log_likelihood = _rate_and_likelihood(model, x, key, "none")
+        layers = _by_layer(model, kl)
+        return {"log_likelihood": log_likelihood, "kl": kl.sum(1), "kl_layers": layers}
+
+    def loss(self, parts: Parts, batch: Batch) -> Tensor:
+        log_likelihood, layers = _all(parts, batch, "log_likelihood", "kl_layers")
+        kl = layers.unbind(1)
+        return objectives.balanced(log_likelihood, kl, self._sizes, batch.price).loss

@@ -97,7 +97,7 @@ def _told(material: study.Material) -> str:
     config = material.config
     told = (
         f"{material.held_out.name}: trained for {config.epochs} epochs, {material.queries} held-out"
-        f" pictures looked at here; {config.network} networks, {config.latent} latent dimensions,"
+        f" pictures looked at here; {config.architecture().describe()},"
         f" {config.variance} variance, beta = {config.beta:g}."
     )
     if config.beta != 1:
@@ -109,6 +109,7 @@ def _page(name: str, told: str, summary: Row, chapters: dict[str, list[Panel]]) 
     facts: list[tuple[str, float, str]] = [
         ("ELBO", summary["elbo"], "a lower bound on log P(picture): -(rate + distortion)"),
         ("rate", summary["rate"], "KL(q(z|x) || p(z)), the price of the code"),
+        *_layers(summary),
         ("distortion", summary["distortion"], "-log p(x|z), what the code leaves open"),
         ("log p(x), at least", summary["log_prob_bound"], "tighter, by importance sampling"),
         ("probabilistic PCA", summary["baseline_log_prob"], "log p(x) of the best linear model"),
@@ -124,6 +125,15 @@ def _page(name: str, told: str, summary: Row, chapters: dict[str, list[Panel]]) 
         + _chapter(*learned)
         + _chapter(*why, f"<blockquote>{QUESTION}</blockquote><p>{ANSWER}</p>"),
     )
+
+
+def _layers(summary: Row) -> list[tuple[str, float, str]]:
+    """The rate of each stochastic layer, where there are several."""
+    rates = [(k, v) for k, v in summary.items() if k.startswith("rate_")]
+    return [
+        (f"rate of layer {layer}", nats, "top" if layer == 1 else "given the layers above it")
+        for layer, (_, nats) in enumerate(rates, start=1)
+    ]
 
 
 def render_document(title: str, introduction: str, panels: Sequence[Panel]) -> str:

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_elbo import NoiseKey
 
+from .architecture import Model
 from .distributed import Ranks
 from .errors import UserError
-from .model import VAE
 from .recipe import Parts, Recipe
 
 
@@ -31,7 +31,7 @@ class Step(nn.Module):
     """
 
     def __init__(
-        self, model: VAE, recipe: Recipe, ranks: Ranks, *, compiled: bool, low_precision: bool
+        self, model: Model, recipe: Recipe, ranks: Ranks, *, compiled: bool, low_precision: bool
     ) -> None:
         super().__init__()
         self.device = next(model.parameters()).device
@@ -74,7 +74,7 @@ class Step(nn.Module):
 
 
 class _Parts(nn.Module):
-    def __init__(self, model: VAE, recipe: Recipe) -> None:
+    def __init__(self, model: Model, recipe: Recipe) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe

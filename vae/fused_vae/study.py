@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_elbo import DiagonalGaussian, NoiseKey, gaussian_log_likelihood
+from fused_elbo import NoiseKey, gaussian_log_likelihood
 
-from . import analysis, job
+from . import analysis, job, latents
+from .architecture import Model
 from .config import TrainConfig
 from .data import Images
 from .errors import UserError
-from .model import VAE
 from .randomness import DEQUANTISE, DEQUANTISE_HELD_OUT, NOISE_STUDY, seeded
 from .run_folder import CHECKPOINT, EARLY
 
@@ -26,21 +26,30 @@ CANDIDATE_NUMBERS = 2**28
 
 OVERLAP_PICTURES = 500
 
+FLOW_CANDIDATES = 1000
+"""Every code goes back through the flow of every candidate."""
+
 
 @dataclass(frozen=True)
 class Study:
     """Nats are per picture."""
 
     rate: float
-    kl_per_dimension: Tensor  # [latent]
-    active: Tensor  # [latent] bool
+    kl_per_dimension: Tensor | None  # [latent]; None where the rate has no such shares
+    spread: Tensor  # [latent]: variance of the codes over pictures
     candidates: int
     information: analysis.MutualInformation
     retrieval_rank: Tensor  # [Q]: candidates whose posterior is denser at z_i ~ q(z|x_i)
     match_rank: Tensor  # [Q]: candidates nearer to the decoded z_i than x_i is
     distortion_excess: dict[str, float]  # nats above a picture's own code, with another's
     overlap: dict[str, analysis.Overlap]  # "early", "late"
+    gaussian: bool  # the posteriors, whose overlap then has a closed form
     residuals: Tensor  # (x - decoded) / sigma, a sample of the pixels
+
+    @property
+    def active(self) -> Tensor:
+        """``[latent]`` bool."""
+        return self.spread > analysis.ACTIVE_VARIANCE
 
     def retrieval(self, candidates: int) -> float:
         """How often a posterior sample is likeliest under its own posterior."""
@@ -73,12 +82,12 @@ class Study:
 
 @dataclass(frozen=True)
 class Material:
-    """A run, its pictures, and the posteriors of them all."""
+    """A run, its pictures, and the codes of them all."""
 
-    model: VAE
+    model: Model
     held_out: Images
     x: Tensor  # candidates, the held-out pictures first
-    q: DiagonalGaussian  # of the candidates
+    code: Tensor  # [N, latent]: posterior means of the candidates
     queries: int
     key: NoiseKey
     config: TrainConfig
@@ -105,49 +114,42 @@ def prepare(run: Path) -> Material:
             train.dequantise(seeded(config.seed, DEQUANTISE)),
         ]
     )
-    x = x[: max(2, min(CANDIDATES, CANDIDATE_NUMBERS // math.prod(images.shape)))]
+    most = CANDIDATES if config.flow == "none" else FLOW_CANDIDATES
+    x = x[: max(2, min(most, CANDIDATE_NUMBERS // math.prod(images.shape)))]
     queries = min(QUERIES, len(held_out), len(x))
     key = NoiseKey(config.seed).fold_in(NOISE_STUDY)
-    return Material(model, held_out, x, encode(model, x), queries, key, config)
-
-
-@torch.no_grad()
-def encode(model: VAE, x: Tensor) -> DiagonalGaussian:
-    """q(z|x) of many pictures."""
-    parts = [model.encode(batch) for batch in x.split(250)]
-    return DiagonalGaussian(
-        torch.cat([q.mean for q in parts]), torch.cat([q.logvar for q in parts])
-    )
+    code = torch.cat([model.code(part) for part in x.split(250)])
+    return Material(model, held_out, x, code, queries, key, config)
 
 
 @torch.no_grad()
 def measure(run: Path, material: Material) -> Study:
     """The whole study."""
-    model, x, q = material.model, material.x, material.q
+    model, x = material.model, material.x
     count = material.queries
     own = torch.arange(count)
-    mine = DiagonalGaussian(q.mean[:count], q.logvar[:count])
-    z = mine.rsample(key=material.key)
+    z, rate = model.sample_kl(x[:count], key=material.key)
     decoded = [model.decode(part) for part in z.split(250)]
     mean = torch.cat([m for m, _ in decoded])
     logvar = decoded[0][1]
     if isinstance(logvar, Tensor) and logvar.dim() > 0:
         logvar = torch.cat([v for _, v in decoded if isinstance(v, Tensor)])
-    density = analysis.cross_log_density(z, q.mean, q.logvar)
+    density = latents.cross_log_density(model, z, x)
     distance = torch.cdist(mean.flatten(1).double(), x.flatten(1).double())
 
     sigma = torch.as_tensor(0.0 if logvar is None else logvar).div(2).exp()
     residuals = ((x[:count] - mean) / sigma).flatten()
     return Study(
-        rate=float(mine.kl().double().mean()),
-        kl_per_dimension=analysis.kl_per_dimension(mine),
-        active=analysis.active_dimensions(q),
+        rate=float(rate.double().mean()),
+        kl_per_dimension=latents.rate_per_dimension(model, x[:count], material.key),
+        spread=analysis.spread(material.code),
         candidates=len(x),
         information=analysis.mutual_information(density, own),
         retrieval_rank=analysis.ranks(density, own),
         match_rank=analysis.ranks(-distance, own),
         distortion_excess=_excess(x[:count], mean, logvar, material.labels),
         overlap=_overlaps(run, material),
+        gaussian=latents.encode(model, x[:1]) is not None,
         residuals=residuals[:: max(1, len(residuals) // 200_000)],
     )
 
@@ -182,5 +184,11 @@ def _overlaps(run: Path, material: Material) -> dict[str, analysis.Overlap]:
             model, _, _ = job.load_run(run, checkpoint)
         except UserError:
             continue  # a run without its early checkpoint still has a report
-        result[name] = analysis.overlap(encode(model, material.x[:count]), labels)
+        x = material.x[:count]
+        if (q := latents.encode(model, x)) is not None:
+            result[name] = analysis.overlap(q, labels)
+            continue
+        z, _ = model.sample_kl(x, key=material.key)
+        density = latents.cross_log_density(model, z, x)
+        result[name] = analysis.sampled_overlap(density, labels)
     return result

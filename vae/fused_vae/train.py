@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from fused_elbo import NoiseKey, tracing
 
 from . import diagnosis
+from .architecture import Model
 from .config import TrainConfig
 from .data import Images
 from .distributed import Ranks
 from .errors import TrainingError, UserError
-from .model import VAE
+from .hierarchy import HierarchicalVAE
 from .randomness import (
     DEQUANTISE,
     DEQUANTISE_HELD_OUT,
@@ -178,7 +179,8 @@ class Trainer:
         before = self.recipe.state()
         self.model.train()
         parts: Parts = self._run_model(x, rows, price)
-        loss = self.recipe.loss(parts, Batch(size, x[0].numel(), len(self.images), key, self.ranks))
+        batch = Batch(size, x[0].numel(), len(self.images), key, self.ranks, price)
+        loss = self.recipe.loss(parts, batch)
         names = list(range(len(x))) if numbers is None else numbers.tolist()
         if self.ranks.any(~loss.detach().isfinite()):
             self.recipe.restore(before)
@@ -235,18 +237,21 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Held-out averages in nats per stored image, with the same noise at every call: the ELBO
-        and its parts, whatever was optimized.
+        and its parts, whatever was optimized; of several stochastic layers also the rate of each,
+        ``rate_1`` that of the top.
         """
 
         def parts(x: Tensor, key: NoiseKey) -> Tensor:
             with self._run_model.autocast():
                 out = self.model(x, key=key)
-            return torch.stack([out.kl, -out.log_likelihood], 1)
+            layers = out.layer_kl if isinstance(self.model, HierarchicalVAE) else ()
+            return torch.stack([out.kl, -out.log_likelihood, *layers], 1)
 
-        rate, distortion = self._held_out(parts).mean(0).tolist()
+        rate, distortion, *layers = self._held_out(parts).mean(0).tolist()
         distortion += self.images.nats_per_density
         elbo = -rate - distortion
         row = {"elbo": elbo, "rate": rate, "distortion": distortion}
+        row |= {f"rate_{layer}": nats for layer, nats in enumerate(layers, start=1)}
         row["bits_per_dim"] = -elbo / math.log(2) / math.prod(self.images.shape)
         row["sigma"] = self.sigma()
         return row
@@ -256,7 +261,7 @@ class Trainer:
         """Held-out importance-weighted bound on log P(x), nats per stored image."""
 
         def bound(x: Tensor, key: NoiseKey) -> Tensor:
-            return self.model.log_prob(x, num_samples, key=key, chunk=10)
+            return self.model.log_prob(x, num_samples, key=key)
 
         return float(self._held_out(bound).mean()) - self.images.nats_per_density
 
@@ -312,7 +317,7 @@ class Trainer:
         self.recipe.restore(state.get("objective", {}))
 
 
-def load_model(model: VAE, tensors: dict[str, Tensor]) -> None:
+def load_model(model: Model, tensors: dict[str, Tensor]) -> None:
     """Put the model's tensors of a checkpoint in their place."""
     prefix = "model."
     model.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
