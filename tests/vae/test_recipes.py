@@ -24,6 +24,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "geco": {"objective_options": {"target": 150.0}},
     "beta-nll": {"variance": "predicted"},
     "capacity": {"objective_options": {"capacity": 4.0, "capacity_steps": 16}},
+    "balanced": {"network": "hierarchy", "warm_up": "linear", "warm_up_steps": 32},
 }
 KEY = NoiseKey(5)
 

@@ -147,7 +147,7 @@ def test_bfloat16_trains_to_nearly_the_same_elbo(digits: tuple[Images, Images]) 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("network", "big", "--network must be one of conv, mlp, got big"),
+        ("network", "big", "--network must be one of conv, mlp, hierarchy, got big"),
         ("variance", "x", "--variance must be one of"),
         ("precision", "int8", "--precision must be one of"),
         ("latent", 0, "--latent must be at least 1"),
