@@ -252,3 +252,15 @@ def test_bfloat16_trains_to_nearly_the_same_elbo(name: str, digits: tuple[Images
         rows.append(job.progress.history[-1]["elbo"])
     assert rows[1] == pytest.approx(rows[0], abs=3)
     assert rows[1] != rows[0]
+
+
+@torch.no_grad()
+def test_several_samples_log_the_rate_of_the_model_not_of_the_base(
+    digits: tuple[Images, Images],
+) -> None:
+    job = trainer(digits, prior="mixture", objective="dreg")
+    x = job.x_held_out[:9]
+    parts = job.recipe.parts(job.model, x, KEY, 1.0)
+    torch.testing.assert_close(parts["kl"], job.model.sample_kl(x, key=KEY)[1])
+    assert isinstance(job.model, FlexibleVAE)
+    assert not torch.allclose(parts["kl"], job.model.encode(x).kl(), atol=0.01)
