@@ -23,7 +23,7 @@ demo: build-vae
 	@$(BIN)/fused-vae report runs/mnist
 
 test: build-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # An editable install with one of the extras of pyproject.toml. Run it again after a change of csrc/:
 # only what changed is compiled. No build isolation: it would fetch a second torch for its headers.

@@ -23,6 +23,8 @@ from benchmarks.workloads import KINDS, WORKLOADS, curve, make_inputs
 
 from .ranges import ROOT
 
+pytestmark = pytest.mark.xdist_group("benchmarks")  # what its fixtures make is made once
+
 ROW = Row(
     *("a cpu", "2.13", "0.1", 2, "latent-64x16384", "float32", "fused-cpu", "both", 1 << 20),
     *(9e2, 1e3, 1.1e3, 1.0, 32.0, 0.8, 100, 0, 2, 1e-7, 1e-7, 15),

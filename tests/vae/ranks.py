@@ -24,35 +24,37 @@ NEEDS: dict[str, dict[str, Any]] = {
     "beta-nll": {"variance": "predicted"},
     "capacity": {"objective_options": {"capacity": 4.0, "capacity_steps": 16}},
     "infovae": {"objective_options": {"alpha": 0.5}},
+    "balanced": {"network": "hierarchy", "warm_up": "linear", "warm_up_steps": 32},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    **{objective: {"objective": objective, **NEEDS.get(objective, {})} for objective in OBJECTIVES},
+    "iaf, vamp": {"flow": "iaf", "prior": "vamp"},
+    "planar, real-nvp": {"flow": "planar", "prior": "real-nvp"},
 }
 
 
 def trainers(ranks: Ranks) -> Iterator[tuple[str, Trainer]]:
-    """One per objective; the batch size divides into no number of ranks."""
-    images = data.load("digits").split(0.1, seed=0)
-    for objective in OBJECTIVES:
-        config = TrainConfig(
-            data="digits",
-            network="mlp",
-            latent=3,
-            epochs=1,
-            batch_size=101,
-            objective=objective,
-            **NEEDS.get(objective, {}),
-        )
-        yield objective, Trainer(config.resolved(images[0]), *images, "cpu", ranks)
+    """One per objective, and with flows and priors; the batch size divides into no number of
+    ranks.
+    """
+    train, held_out = data.load("digits").split(0.1, seed=0)
+    images = train.select(torch.arange(5 * 101)), held_out
+    common = {"data": "digits", "network": "mlp", "latent": 3, "epochs": 1, "batch_size": 101}
+    for name, options in RUNS.items():
+        config = TrainConfig(**{**common, **options})
+        yield name, Trainer(config.resolved(images[0]), *images, "cpu", ranks)
 
 
 def histories(ranks: Ranks) -> dict[str, dict[str, float]]:
-    """The first epoch of each objective, and the length of its parameters."""
+    """The first epoch of each, and the length of its parameters."""
     found = {}
-    for objective, trainer in trainers(ranks):
+    for name, trainer in trainers(ranks):
         for steps in trainer.epochs():
             for _ in steps:
                 pass
         row = trainer.progress.history[-1]
         norm = torch.nn.utils.get_total_norm(trainer.model.parameters())
-        found[objective] = {**row, "norm": float(norm), "bound": trainer.log_prob(3), "seconds": 0}
+        found[name] = {**row, "norm": float(norm), "bound": trainer.log_prob(3), "seconds": 0}
     return found
 
 

@@ -19,6 +19,8 @@ from fused_vae import job
 from fused_vae.cli import main
 from fused_vae.run_folder import read_checkpoint
 
+pytestmark = pytest.mark.xdist_group("cli")  # what its fixtures make is made once
+
 TINY = ["digits", "--network", "mlp", "--latent", "2", "--epochs", "1", "--threads", "1", "--quiet"]
 
 

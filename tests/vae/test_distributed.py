@@ -53,7 +53,7 @@ def test_every_image_has_its_rank(size: int) -> None:
     assert sum(Ranks(rank, size).share(10) for rank in range(size)) == pytest.approx(1)
 
 
-def test_two_ranks_train_as_one_with_every_objective(tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_with_every_objective_and_model(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     process = launch(2, "-m", "tests.vae.ranks", str(out))
     alone = ranks.histories(Ranks())
@@ -61,9 +61,9 @@ def test_two_ranks_train_as_one_with_every_objective(tmp_path: Path) -> None:
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     together = json.loads(out.read_text())
-    for objective, row in alone.items():
-        found = together["histories"][objective]
-        assert found == pytest.approx(row, rel=2e-5, abs=1e-4, nan_ok=True), objective
+    for name, row in alone.items():
+        found = together["histories"][name]
+        assert found == pytest.approx(row, rel=2e-5, abs=1e-4, nan_ok=True), name
     assert together["bad"] == [report, report]
     assert f"for 1 of 101 images of the batch (numbers {expected_number()} of the data)" in report
     assert "first in what layer encoder.0 was given" in report

@@ -20,10 +20,13 @@ from fused_vae.objective_options import OBJECTIVES, options
 from fused_vae.recipe import Batch
 from fused_vae.train import Trainer
 
+pytestmark = pytest.mark.xdist_group("recipes")  # what its fixtures make is made once
+
 NEEDS: dict[str, dict[str, Any]] = {
     "geco": {"objective_options": {"target": 150.0}},
     "beta-nll": {"variance": "predicted"},
     "capacity": {"objective_options": {"capacity": 4.0, "capacity_steps": 16}},
+    "balanced": {"network": "hierarchy", "warm_up": "linear", "warm_up_steps": 32},
 }
 KEY = NoiseKey(5)
 

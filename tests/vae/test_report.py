@@ -13,6 +13,8 @@ import torch
 from fused_vae import plots, study
 from fused_vae.cli import main
 
+pytestmark = pytest.mark.xdist_group("report")  # what its fixtures make is made once
+
 TRAIN = [
     "digits",
     "--network",

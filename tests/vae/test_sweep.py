@@ -11,6 +11,8 @@ import pytest
 from fused_vae.cli import main
 from fused_vae.sweep import panels
 
+pytestmark = pytest.mark.xdist_group("sweep")  # what its fixtures make is made once
+
 OPTIONS = [
     "digits",
     "--network",

@@ -15,6 +15,8 @@ from fused_vae.data import Images
 from fused_vae.errors import TrainingError, UserError
 from fused_vae.train import Trainer
 
+pytestmark = pytest.mark.xdist_group("train")  # what its fixtures make is made once
+
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Images, Images]:
@@ -147,7 +149,7 @@ def test_bfloat16_trains_to_nearly_the_same_elbo(digits: tuple[Images, Images]) 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("network", "big", "--network must be one of conv, mlp, got big"),
+        ("network", "big", "--network must be one of conv, mlp, hierarchy, got big"),
         ("variance", "x", "--variance must be one of"),
         ("precision", "int8", "--precision must be one of"),
         ("latent", 0, "--latent must be at least 1"),

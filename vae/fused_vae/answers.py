@@ -16,6 +16,9 @@ TIMES = {"early": "after one epoch", "late": "at the end"}
 COLLAPSED = 0.1
 """Nats of information below which a code is said to tell nothing."""
 
+MOST_BINS = 600
+"""Of a histogram; a few wild residuals would ask for millions."""
+
 OVERLAP_SHOWN = 1e-100
 """The least overlap that a bar can show."""
 
@@ -194,7 +197,7 @@ def _residuals(result: Study, summary: Row) -> Panel:
     reach = max(5, math.ceil(float(result.residuals.abs().max())))
     figure = plots.new_figure(8, 3)
     axes = figure.subplots()
-    x = torch.linspace(-reach, reach, 20 * reach + 1)
+    x = torch.linspace(-reach, reach, min(20 * reach, MOST_BINS) + 1)
     axes.hist(result.residuals.tolist(), bins=x.tolist(), density=True, label="residuals / sigma")
     normal = (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
     axes.plot(x.tolist(), normal.tolist(), label="N(0, 1)")

@@ -236,7 +236,7 @@ def _dimensions(result: Study) -> Panel:
         else "How much each dimension of the code varies from picture to picture, most first: the"
         f" {result.rate:.1f} nats that a code costs have no share per dimension, as a flow or a"
         " learned prior ties the dimensions together.",
-        f"{used} of {len(shares)} dimensions are in use (from picture to picture the mean of their"
-        f" posterior varies, with a variance above {ACTIVE_VARIANCE}){idle}.",
+        f"{used} of {len(shares)} dimensions are in use (from picture to picture their value in the"
+        f" code varies, with a variance above {ACTIVE_VARIANCE}){idle}.",
         figure,
     )
