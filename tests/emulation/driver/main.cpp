@@ -394,7 +394,7 @@ int main(int count, char** arguments) {
         for (const int scale : {0, 1, 2}) {
           in_every_order(c, [&] { return elbo(c, scale, event % 2 != 0 ? Reduction::kSum : Reduction::kSample); });
         }
-        if (quick && event > 1000) continue;
+        if (offset == 1 || (quick && event > 1000)) continue;  // read element by element, alignment is nothing
         for (const ScaleKind kind :
              {ScaleKind::kPlain, ScaleKind::kLogVar, ScaleKind::kLogStd, ScaleKind::kSoftplusStd, ScaleKind::kVar}) {
           Case changed = c;
