@@ -53,7 +53,6 @@ Prepared prepare(const LatentArgs& original, Pass pass, const Workspace& memory,
   LatentArgs a = original;
   Prepared r;
   r.path.elements = changes_elements(a.scale, a.mask);
-  strided = strided || r.path.elements;
   LatentParams& p = r.params;
   p.first_index = static_cast<uint64_t>(a.key.row_offset) * static_cast<uint64_t>(a.shape.event);
   merge_rows(a, backward);
@@ -111,7 +110,8 @@ Prepared prepare(const LatentArgs& original, Pass pass, const Workspace& memory,
   const bool whole = backward ? p.grad_z.present() && p.has_grad_kl && p.grad_mean.present() && p.grad_logvar.present()
                               : p.z.present() && p.kl.present();
   r.path.fast = r.path.vector && whole && one_high_word && a.shape.samples == 1 && !p.prior_mean.present() &&
-                a.reduction != Reduction::kNone && a.dtype != DType::kFloat64;
+                a.reduction != Reduction::kNone && a.dtype != DType::kFloat64 && !p.mask.present();
+  if (r.path.elements && !r.path.fast && !strided) return prepare(original, pass, memory, true);
   return r;
 }
 

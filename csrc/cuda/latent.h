@@ -30,8 +30,8 @@ struct LatentParams {
   View mask;
 };
 
-// fast: all operands in units of 16 bytes, one sample, N(0, I), counters aligned with the units and of one high word.
-// elements: a scale parameter or a mask (elements.cuh); never in units of 16 bytes.
+// fast: all operands in units of 16 bytes, one sample, N(0, I), no mask, counters aligned with the units and of one
+// high word. elements: a scale parameter or a mask (elements.cuh); in units of 16 bytes only where fast.
 struct LatentPath {
   bool vector = false;
   bool fast = false;

@@ -21,9 +21,10 @@ struct Pointers {
   T *grad_mean, *grad_logvar;
 };
 
-template <typename T, bool kClamp, int kUnits, typename Acc = typename Traits<T>::Acc>
+template <typename T, bool kClamp, bool kParameters, int kUnits, typename Acc = typename Traits<T>::Acc>
 __device__ inline void backward_units(const Pointers<T>& p, const Philox& philox, uint32_t counter,
-                                      const Bounds<Acc>& bounds, Acc grad_kl, uint32_t unit, uint32_t stride) {
+                                      const Bounds<Acc>& bounds, const Scale& scale, Acc grad_kl, uint32_t unit,
+                                      uint32_t stride) {
   constexpr int kUnit = Traits<T>::kUnit;
   Acc m[kUnits][kUnit], lv[kUnits][kUnit], gz[kUnits][kUnit];
 #pragma unroll
@@ -40,6 +41,8 @@ __device__ inline void backward_units(const Pointers<T>& p, const Philox& philox
     for (int g = 0; g < kUnit / 4; ++g) {
       normals<true>(philox(counter + (unit + i * stride) * (kUnit / 4) + g), half_eps + 4 * g);
     }
+    [[maybe_unused]] Acc slope[kUnit];
+    if constexpr (kParameters) to_logvar(scale, lv[i], slope);
     const Acc half_grad_kl = Acc(0.5) * grad_kl;
     Acc grad_mean[kUnit], grad_logvar[kUnit];
 #pragma unroll
@@ -59,6 +62,10 @@ __device__ inline void backward_units(const Pointers<T>& p, const Philox& philox
         grad_logvar[j] = lv[i][j] < bounds.min || lv[i][j] > bounds.max ? Acc(0) : grad_logvar[j];
       }
     }
+    if constexpr (kParameters) {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) grad_logvar[j] = math::through(slope[j], grad_logvar[j]);
+    }
     const uint64_t at = static_cast<uint64_t>(unit + i * stride) * kUnit;
     store_vector(p.grad_mean + at, grad_mean);
     store_vector(p.grad_logvar + at, grad_logvar);
@@ -71,8 +78,8 @@ __device__ inline Acc row_grad_kl(const LatentParams& p, int64_t row) {
   return p.grad_kl.present() ? static_cast<const Acc*>(p.grad_kl.data)[row * p.grad_kl.row] * scale : scale;
 }
 
-template <typename T, bool kClamp>
-__global__ void __launch_bounds__(kThreads, kResident<T>) latent_backward_fast(const __grid_constant__ LatentParams p) {
+template <typename T, bool kClamp, bool kParameters>
+__device__ inline void backward_tile(const LatentParams& p) {
   using Acc = typename Traits<T>::Acc;
   constexpr int kUnit = Traits<T>::kUnit;
   constexpr int kUnits = 8 / kUnit;
@@ -92,15 +99,26 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) latent_backward_fast(c
 
   uint32_t unit = place.begin;
   for (; unit + (kUnits - 1) * p.plan.stride < place.end; unit += kUnits * p.plan.stride) {
-    backward_units<T, kClamp, kUnits>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit,
-                                      p.plan.stride);
+    backward_units<T, kClamp, kParameters, kUnits>(pointers, philox, static_cast<uint32_t>(counter), bounds, p.scale,
+                                                   grad_kl, unit, p.plan.stride);
   }
   if constexpr (kUnits > 1) {
     if (unit < place.end) {
-      backward_units<T, kClamp, 1>(pointers, philox, static_cast<uint32_t>(counter), bounds, grad_kl, unit,
-                                   p.plan.stride);
+      backward_units<T, kClamp, kParameters, 1>(pointers, philox, static_cast<uint32_t>(counter), bounds, p.scale,
+                                                grad_kl, unit, p.plan.stride);
     }
   }
+}
+
+template <typename T, bool kClamp>
+__global__ void __launch_bounds__(kThreads, kResident<T>) latent_backward_fast(const __grid_constant__ LatentParams p) {
+  backward_tile<T, kClamp, false>(p);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
+    latent_backward_parameters(const __grid_constant__ LatentParams p) {
+  backward_tile<T, false, true>(p);
 }
 
 template <typename T>
@@ -234,6 +252,7 @@ void launch_latent_backward(const LatentParams& p, DType dtype, LatentPath path,
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) < 8) {
+      if (path.fast && path.elements) return run(latent_backward_parameters<T>);
       if (path.fast) return run(p.clamp ? latent_backward_fast<T, true> : latent_backward_fast<T, false>);
     }
     run(latent_backward_general<T>);

@@ -13,9 +13,9 @@ namespace {
 
 // kUnits units of a thread, `step` counters apart: loads first, then arithmetic, then stores. The pointers are those of
 // counter 0.
-template <typename T, bool kClamp, int kUnits>
+template <typename T, bool kClamp, bool kParameters, int kUnits>
 __device__ inline void forward_units(const T* mean, const T* logvar, T* z, const Philox& philox,
-                                     const Bounds<float>& bounds, uint32_t counter, uint32_t step,
+                                     const Bounds<float>& bounds, const Scale& scale, uint32_t counter, uint32_t step,
                                      KlSum<KlHalves<T>>& kl) {
   constexpr int kUnit = Traits<T>::kUnit;
   Packed<T> m[kUnits], lv[kUnits];
@@ -32,9 +32,14 @@ __device__ inline void forward_units(const T* mean, const T* logvar, T* z, const
       const uint32_t next = counter + i * step + g;
       normals<false>(philox(g == 0 ? next : after(next, eps[4 * g - 1])), eps + 4 * g);
     }
+    [[maybe_unused]] float converted[kUnit], slope[kUnit];
+    if constexpr (kParameters) {
+      unpack_pairs(lv[i], converted);
+      to_logvar(scale, converted, slope);
+    }
 #pragma unroll
     for (int j = 0; j < kUnit; j += 2) {
-      const Pair mean = m[i].pair(j), logvar = lv[i].pair(j);
+      const Pair mean = m[i].pair(j), logvar = kParameters ? Pair(converted[j], converted[j + 1]) : lv[i].pair(j);
       const LogVar<Pair> v = logvar_terms(kClamp ? clamp(logvar, bounds.min, bounds.max) : logvar);
       kl.add_pair(mean, v);
       const Pair z = math::sample(mean, v.std, Pair(eps[j], eps[j + 1]));
@@ -45,8 +50,8 @@ __device__ inline void forward_units(const T* mean, const T* logvar, T* z, const
   }
 }
 
-template <typename T, bool kClamp>
-__global__ void __launch_bounds__(kThreads, kResident<T>) latent_forward_fast(const __grid_constant__ LatentParams p) {
+template <typename T, bool kClamp, bool kParameters>
+__device__ inline void forward_tile(const LatentParams& p) {
   constexpr int kUnit = Traits<T>::kUnit;
   constexpr int kUnits = 8 / kUnit;
   const Place place = find_place(p.plan, blockIdx.x);
@@ -64,12 +69,24 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) latent_forward_fast(co
   uint32_t at = static_cast<uint32_t>(counter) + place.begin * (kUnit / 4);
   const uint32_t step = p.plan.stride * (kUnit / 4);
   for (; static_cast<int32_t>(end - at) > static_cast<int32_t>((kUnits - 1) * step); at += kUnits * step) {
-    forward_units<T, kClamp, kUnits>(mean, logvar, z, philox, bounds, at, step, kl);
+    forward_units<T, kClamp, kParameters, kUnits>(mean, logvar, z, philox, bounds, p.scale, at, step, kl);
   }
   if constexpr (kUnits > 1) {
-    if (static_cast<int32_t>(end - at) > 0) forward_units<T, kClamp, 1>(mean, logvar, z, philox, bounds, at, step, kl);
+    if (static_cast<int32_t>(end - at) > 0)
+      forward_units<T, kClamp, kParameters, 1>(mean, logvar, z, philox, bounds, p.scale, at, step, kl);
   }
   finish(p.plan, blockIdx.x, kl.value(), p.result);
+}
+
+template <typename T, bool kClamp>
+__global__ void __launch_bounds__(kThreads, kResident<T>) latent_forward_fast(const __grid_constant__ LatentParams p) {
+  forward_tile<T, kClamp, false>(p);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kResidentGeneral<T>)
+    latent_forward_parameters(const __grid_constant__ LatentParams p) {
+  forward_tile<T, false, true>(p);
 }
 
 // Everything else: any strides, any number of samples, learned prior, elementwise KL, one half of the work.
@@ -156,6 +173,7 @@ void launch_latent_forward(const LatentParams& p, DType dtype, LatentPath path, 
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) < 8) {
+      if (path.fast && path.elements) return run(latent_forward_parameters<T>);
       if (path.fast) return run(p.clamp ? latent_forward_fast<T, true> : latent_forward_fast<T, false>);
     }
     run(latent_forward_general<T>);

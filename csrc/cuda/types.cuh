@@ -148,6 +148,16 @@ struct Packed {
   }
 };
 
+template <typename T, int kUnit>
+__device__ inline void unpack_pairs(const Packed<T>& packed, float (&v)[kUnit]) {
+#pragma unroll
+  for (int j = 0; j < kUnit; j += 2) {
+    const Pair pair = packed.pair(j);
+    v[j] = pair.v.x;
+    v[j + 1] = pair.v.y;
+  }
+}
+
 // One unit, 16 bytes per access. `p` must be 16-byte aligned.
 template <typename T, typename Acc, int kUnit>
 __device__ inline void load_vector(const T* p, Acc (&v)[kUnit]) {

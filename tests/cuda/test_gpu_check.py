@@ -109,8 +109,8 @@ def test_the_summary_has_every_step_the_shares_and_the_failure_s_last_lines() ->
     assert text.startswith("### fused-elbo on A GPU: 1 of 2 steps failed")
     assert "| roofline | passed | 3 | copy 3000 GB/s |" in text
     assert "| latent forward float32 | 2700 | 90% |" in text
-    assert "line 99" in text
-    assert "line 50" not in text
+    assert "line 75\nline 76\n" in text
+    assert "line 74" not in text
 
 
 def test_repeated_noise_and_changing_bits_are_found_in_replays() -> None:
