@@ -280,16 +280,16 @@ def _latent_calls(
     grad_z = like_z if sample else None
     grad_kl = None if reduction == OFF else torch.empty_like(nats_like(part, 1, reduction))
     inputs = (mean, logvar, prior_mean, prior_mean)
+    forward: Callable[..., Any] = latent_operations.latent_forward
+    backward: Callable[..., Any] = latent_operations.latent_backward
     params = (_SEED, mask, 0, 0, 0, samples, chunk, *scale)
     yield (
         f"{label}, forward",
-        lambda: latent_operations.latent_forward(*inputs, *params, sample, reduction),
+        lambda: forward(*inputs, *params, sample, reduction),
     )
     yield (
         f"{label}, backward",
-        lambda: latent_operations.latent_backward(
-            *inputs, grad_z, grad_kl, *params, reduction, prior
-        ),
+        lambda: backward(*inputs, grad_z, grad_kl, *params, reduction, prior),
     )
 
 
