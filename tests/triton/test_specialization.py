@@ -176,7 +176,7 @@ def test_no_operation_compiles_anything_for_a_new_batch_size(
     expected = every_operation(2, event, latent_event, dtype, reduction)
     parts = meta(2, dtype=torch.float32)
     further_rounds = set(keys(lambda: launch.add_all(parts, parts.new_empty(()))))
-    for batch in BATCHES:
+    for batch in (1, 3, 16, 40000):
         for name, found in every_operation(batch, event, latent_event, dtype, reduction).items():
             # Sums over a batch take a round more where one program does not hold it: one kernel,
             # always the same.

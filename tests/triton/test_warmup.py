@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from fused_elbo import Parametrization
 from fused_elbo.triton import aot, launch, reason, warmup
 
 from .test_specialization import keys
@@ -53,6 +54,32 @@ def test_a_training_step_needs_nothing_that_was_not_warmed_up(batch: int) -> Non
     needed = set(keys(step))
     assert len(needed) >= 4
     assert needed <= warm
+
+
+@pytest.mark.parametrize("batch", [16, 7])
+def test_a_step_with_a_parametrization_and_a_mask_needs_nothing_more(batch: int) -> None:
+    from fused_elbo.parametrization import SOFTPLUS_STD
+    from fused_elbo.triton import latent_operations, likelihood_operations
+
+    warm = required_keys(
+        operations=["gaussian_kl", "gaussian_log_likelihood"],
+        param=Parametrization("softplus_std", 1e-4),
+        mask_dims=(0, -2, -1),
+    )
+
+    def step() -> None:
+        mean, nats = torch.empty(batch, 4, 32, 32, device="meta"), torch.empty(batch, device="meta")
+        mask = torch.empty(batch, 1, 32, 32, dtype=torch.bool, device="meta").expand(mean.shape)
+        scale = {"scale": SOFTPLUS_STD, "floor": 0.5}
+        latent_operations.latent_forward(mean, mean, None, None, None, mask, want_z=False, **scale)
+        latent_operations.latent_backward(mean, mean, None, None, None, nats, None, mask, **scale)
+        likelihood_operations.likelihood_forward(mean, mean, mean, mask, **scale)
+        likelihood_operations.likelihood_backward(mean, mean, mean, nats, True, True, mask, **scale)
+
+    needed = set(keys(step))
+    assert len(needed) >= 4
+    assert needed <= warm
+    assert not needed & required_keys(operations=["gaussian_kl", "gaussian_log_likelihood"])
 
 
 def test_every_required_kernel_compiles() -> None:
@@ -114,6 +141,10 @@ def test_unknown_operations_and_shapes_are_refused() -> None:
         warmup.required(SHAPES, [torch.float32], ["softmax"])
     with pytest.raises(ValueError, match="batch dimension"):
         warmup.required([()], [torch.float32])
+    with pytest.raises(ValueError, match="param must be one of"):
+        warmup.required(SHAPES, [torch.float32], param="sigma")
+    with pytest.raises(ValueError, match="mask_dims must be dimensions of the shape"):
+        warmup.required(SHAPES, [torch.float32], mask_dims=(4,))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says why it cannot, where it cannot")

@@ -32,9 +32,6 @@ from .launch import Launch, options, recording
 #: What the tests compile for: Ampere, Hopper, Blackwell (data center and desktop), MI300.
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
-#: Scale parametrizations and masks are compiled for these: one target of each assembler.
-POLICY_TARGETS = ("sm_80", "sm_90", "gfx942")
-
 _POINTEES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -101,12 +98,19 @@ def _integer(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def launches(dtype: torch.dtype, policies: bool = True) -> Iterator[tuple[str, Launch]]:
-    """The launches of representative calls, named: every kernel with every policy that changes its
-    code; scale parametrizations and masks only with ``policies``.
+#: Kinds of representative calls: the commonest ones; layouts, reductions and broadcasts; scale
+#: parametrizations and masks. The last two only in float32 and bfloat16.
+CALLS = ("common", "layouts", "policies")
+
+
+def launches(dtype: torch.dtype, kinds: tuple[str, ...] = CALLS) -> Iterator[tuple[str, Launch]]:
+    """The launches of representative calls, named; all `CALLS` are every kernel with every policy
+    that changes its code.
     """
+    makers = {"common": _common_calls, "layouts": _layout_calls, "policies": _policy_calls}
+    calls = itertools.chain.from_iterable(makers[kind](dtype) for kind in kinds)
     seen = set()
-    for name, call in itertools.chain(_calls(dtype), _policy_calls(dtype) if policies else ()):
+    for name, call in calls:
         with recording() as recorded:
             call()
         for launch in recorded:
@@ -119,10 +123,11 @@ def launches(dtype: torch.dtype, policies: bool = True) -> Iterator[tuple[str, L
 def compile_variants(
     target: str,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    kinds: tuple[str, ...] = CALLS,
 ) -> Iterator[Variant]:
     """Compiles every variant for a target such as ``sm_90`` or ``gfx942``."""
     for dtype in dtypes:
-        for name, launch in launches(dtype, policies=target in POLICY_TARGETS):
+        for name, launch in launches(dtype, kinds):
             yield compile_variant(name, launch, dtype, target)
 
 
@@ -163,12 +168,23 @@ def _key(launch: Launch) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    def meta(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+class _Shapes:
+    """Tensors of one dtype without storage."""
 
-    wide, image = meta(64, 65536), meta(16, 3, 256, 256)
-    moments, clamp = meta(16, 8, 64, 64), ScaleParams(clamp_min=-30.0, clamp_max=20.0)
+    clamp = ScaleParams(clamp_min=-30.0, clamp_max=20.0)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.wide, self.image = self.meta(64, 65536), self.meta(16, 3, 256, 256)
+        self.moments = self.meta(16, 8, 64, 64)
+
+    def meta(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+
+def _common_calls(dtype: torch.dtype) -> _Calls:
+    shapes = _Shapes(dtype)
+    wide, image, moments, clamp = shapes.wide, shapes.image, shapes.moments, shapes.clamp
     yield from _latent_calls("sample and KL", wide, wide)
     yield from _latent_calls("sample and KL, prior", wide, wide, prior=True)
     yield from _latent_calls("samples and KL", wide, wide, samples=8)
@@ -177,8 +193,15 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from _likelihood_calls("likelihood, variance per element", image, image)
     yield from _elbo_calls("elbo, unit variance", image, None)
     yield from _elbo_calls("elbo, variance per element", image, image)
+
+
+def _layout_calls(dtype: torch.dtype) -> _Calls:
+    """Layouts, reductions and broadcasts, which no dtype treats in a way of its own."""
     if dtype not in (torch.float32, torch.bfloat16):
         return
+    shapes = _Shapes(dtype)
+    wide, image, moments, clamp = shapes.wide, shapes.image, shapes.moments, shapes.clamp
+    meta = shapes.meta
     last = moments.to(memory_format=torch.channels_last)
     ragged, apart = meta(64, 4999), meta(64, 65540)[:, 1:-3]
     small = meta(1024, 128)
@@ -232,11 +255,11 @@ PARAMETRIZATIONS = {
 
 
 def _policy_calls(dtype: torch.dtype) -> _Calls:
-    """Scale parametrizations and masks, which no dtype treats in a way of its own."""
+    """Scale parametrizations and masks."""
     if dtype not in (torch.float32, torch.bfloat16):
         return
-    wide = torch.empty(64, 65536, dtype=dtype, device=_META)
-    image = torch.empty(16, 3, 256, 256, dtype=dtype, device=_META)
+    shapes = _Shapes(dtype)
+    wide, image = shapes.wide, shapes.image
     for name, param in PARAMETRIZATIONS.items():
         scale = scale_params(param, with_prior=True)
         prior = param.name == "logstd"
@@ -280,16 +303,16 @@ def _latent_calls(
     grad_z = like_z if sample else None
     grad_kl = None if reduction == OFF else torch.empty_like(nats_like(part, 1, reduction))
     inputs = (mean, logvar, prior_mean, prior_mean)
+    forward: Callable[..., Any] = latent_operations.latent_forward
+    backward: Callable[..., Any] = latent_operations.latent_backward
     params = (_SEED, mask, 0, 0, 0, samples, chunk, *scale)
     yield (
         f"{label}, forward",
-        lambda: latent_operations.latent_forward(*inputs, *params, sample, reduction),
+        lambda: forward(*inputs, *params, sample, reduction),
     )
     yield (
         f"{label}, backward",
-        lambda: latent_operations.latent_backward(
-            *inputs, grad_z, grad_kl, *params, reduction, prior
-        ),
+        lambda: backward(*inputs, grad_z, grad_kl, *params, reduction, prior),
     )
 
 

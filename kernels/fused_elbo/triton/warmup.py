@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -220,16 +220,18 @@ class _Model(NamedTuple):
 
         scale, chunk = scale_params(self.param, prior is not None), -1
         z = self._tensor(*shape)
-        inputs = (z, z, prior, prior)
+        inputs: tuple[Any, ...] = (z, z, prior, prior)
         if moments is not None:
             inputs, chunk = (moments, None, None, None), 1
             scale = _MOMENTS_SCALE if self.param == Parametrization() else scale
-        seed = self._tensor(kind=torch.int64)
+        seed = self._tensor(kind=torch.int64) if sampled else None
         params = (seed, self._mask(shape), 0, 0, 0, 0, chunk, *scale)
-        latent_forward(*inputs, *params, sampled, reduction)
+        forward: Callable[..., Any] = latent_forward
+        backward: Callable[..., Any] = latent_backward
+        forward(*inputs, *params, sampled, reduction)
         grad_kl = None if reduction == OFF else self._nats(shape[0])
         grad_z = z if sampled else None
-        latent_backward(*inputs, grad_z, grad_kl, *params, reduction, prior is not None)
+        backward(*inputs, grad_z, grad_kl, *params, reduction, prior is not None)
 
 
 def _shape(text: str) -> tuple[int, ...]:
