@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fused_vae import data
+from fused_vae.data import Images
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -15,3 +18,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Images, Images]:
+    """scikit-learn's, to train on and held out."""
+    return data.load("digits").split(0.1, seed=0)

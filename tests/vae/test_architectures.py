@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fused_elbo import NoiseKey
-from fused_vae import FlexibleVAE, HierarchicalVAE, data, objectives
+from fused_vae import FlexibleVAE, HierarchicalVAE, objectives
 from fused_vae.config import TrainConfig
 from fused_vae.data import Images
 from fused_vae.distributed import Ranks
 from fused_vae.errors import UserError
 from fused_vae.objective_options import OBJECTIVES
 from fused_vae.recipe import Batch
-from fused_vae.train import Trainer
+from tests.vae.support import train, trainer
 
 pytestmark = pytest.mark.xdist_group("architectures")  # what its fixtures make is made once
 
@@ -47,25 +46,6 @@ def refused(objective: str, **options: Any) -> bool:
     except UserError:
         return True
     return False
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[Images, Images]:
-    return data.load("digits").split(0.1, seed=0)
-
-
-def trainer(digits: tuple[Images, Images], **options: Any) -> Trainer:
-    options = {"data": "digits", "network": "mlp", "latent": 4, "epochs": 2, **options}
-    return Trainer(TrainConfig(**options).resolved(digits[0]), *digits)
-
-
-def train(job: Trainer, epochs: int | None = None) -> dict[str, Tensor]:
-    for number, steps in enumerate(job.epochs(), start=1):
-        for _ in steps:
-            pass
-        if number == epochs:
-            break
-    return {k: v.clone() for k, v in job.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_elbo import NoiseKey
-from fused_vae import data, importance, objectives
+from fused_vae import importance, objectives
 from fused_vae.config import TrainConfig
 from fused_vae.data import Images
 from fused_vae.distributed import Ranks
@@ -19,6 +19,7 @@ from fused_vae.errors import TrainingError, UserError
 from fused_vae.objective_options import OBJECTIVES, options
 from fused_vae.recipe import Batch
 from fused_vae.train import Trainer
+from tests.vae.support import train
 
 pytestmark = pytest.mark.xdist_group("recipes")  # what its fixtures make is made once
 
@@ -29,11 +30,6 @@ NEEDS: dict[str, dict[str, Any]] = {
     "balanced": {"network": "hierarchy", "warm_up": "linear", "warm_up_steps": 32},
 }
 KEY = NoiseKey(5)
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[Images, Images]:
-    return data.load("digits").split(0.1, seed=0)
 
 
 def trainer(digits: tuple[Images, Images], objective: str, **more: Any) -> Trainer:
@@ -47,15 +43,6 @@ def trainer(digits: tuple[Images, Images], objective: str, **more: Any) -> Train
         **more,
     }
     return Trainer(TrainConfig(**values).resolved(digits[0]), *digits)
-
-
-def train(job: Trainer, epochs: int | None = None) -> dict[str, Tensor]:
-    for number, steps in enumerate(job.epochs(), start=1):
-        for _ in steps:
-            pass
-        if number == epochs:
-            break
-    return {k: v.clone() for k, v in job.model.state_dict().items()}
 
 
 def loss(job: Trainer, x: Tensor) -> Tensor:

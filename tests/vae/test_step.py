@@ -10,16 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_vae import data
-from fused_vae.config import TrainConfig
 from fused_vae.data import Images
 from fused_vae.errors import TrainingError, UserError
 from fused_vae.train import Trainer
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[Images, Images]:
-    return data.load("digits").split(0.1, seed=0)
+from tests.vae.support import train, trainer
 
 
 @pytest.fixture
@@ -29,20 +23,6 @@ def once() -> Iterator[None]:
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
     torch.compiler.reset()
-
-
-def trainer(digits: tuple[Images, Images], **options: Any) -> Trainer:
-    options = {"data": "digits", "network": "mlp", "latent": 4, "epochs": 2, **options}
-    return Trainer(TrainConfig(**options).resolved(digits[0]), *digits)
-
-
-def train(job: Trainer, epochs: int | None = None) -> dict[str, Tensor]:
-    for number, steps in enumerate(job.epochs(), start=1):
-        for _ in steps:
-            pass
-        if number == epochs:
-            break
-    return {k: v.clone() for k, v in job.model.state_dict().items()}
 
 
 def bad_step(job: Trainer, x: Tensor, numbers: Tensor) -> str:

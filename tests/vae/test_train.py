@@ -6,36 +6,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from fused_vae import data
 from fused_vae.baseline import ProbabilisticPCA
 from fused_vae.config import TrainConfig
 from fused_vae.data import Images
 from fused_vae.errors import TrainingError, UserError
-from fused_vae.train import Trainer
+from tests.vae.support import train, trainer
 
 pytestmark = pytest.mark.xdist_group("train")  # what its fixtures make is made once
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[Images, Images]:
-    return data.load("digits").split(0.1, seed=0)
-
-
-def trainer(digits: tuple[Images, Images], **options: object) -> Trainer:
-    options = {"data": "digits", "network": "mlp", "latent": 4, "epochs": 2, **options}
-    config = TrainConfig(**options)  # type: ignore[arg-type]
-    return Trainer(config.resolved(digits[0]), *digits)
-
-
-def train(job: Trainer, epochs: int | None = None) -> dict[str, Tensor]:
-    for number, steps in enumerate(job.epochs(), start=1):
-        for _ in steps:
-            pass
-        if number == epochs:
-            break
-    return {k: v.clone() for k, v in job.model.state_dict().items()}
 
 
 def test_the_same_seed_gives_the_same_parameters(digits: tuple[Images, Images]) -> None:
