@@ -25,8 +25,9 @@ def mixed(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_samples", [None, 2])
-def test_samples_and_kl_of_any_layout_agree_with_float64(num_samples, layout, device):
-    for shape in SHAPES:
+def test_samples_and_kl_of_any_layout_agree_with_float64(num_samples, layout, device, interpreted):
+    # Several samples of several tiles say nothing that each alone does not.
+    for shape in SHAPES[:-1] if interpreted and num_samples else SHAPES:
         values = [leaf(*shape, device=device) for _ in range(4)]
         for of_mean, of_logvar in mixed(layout):
             inputs = [
