@@ -47,7 +47,8 @@ def test_a_recorded_call_has_shapes_strides_dtypes_and_arguments_but_no_data(
     assert (forward.op, backward.op) == ("latent_forward", "latent_backward")
     assert forward.args == [
         *(tensor, tensor, None, None, None),
-        *(7, 5, 0, 2, -1, -math.inf, math.inf, True, 1),
+        None,  # no mask
+        *(7, 5, 0, 2, -1, 0, 0.0, -math.inf, math.inf, True, 1),
     ]
     assert backward.args[:2] == [tensor, tensor]
     assert backward.args[4]["strides"] == [0, 0, 0]  # the expanded gradient of a sum
