@@ -9,12 +9,10 @@ share the way down.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from math import prod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_elbo import (
     NoiseKey,
@@ -25,14 +23,7 @@ from fused_elbo import (
     tracing,
 )
 
-from .likelihoods import GaussianLikelihood
-from .networks import ImageShape
-
-Draw = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-"""From a layer's number and the state above it: z, and a number per image or dimension."""
-
-Decoded = tuple[Tensor, Tensor | float | None]
-"""Mean and log-variance of p(x|z)."""
+from .ladder import Decoded, Draw, Ladder
 
 
 class HierarchicalOutput(NamedTuple):
@@ -50,52 +41,18 @@ class HierarchicalOutput(NamedTuple):
         return self.log_likelihood - self.kl
 
 
-class HierarchicalVAE(nn.Module):
-    """Fully connected, with one latent vector per layer. Layer l draws the noise of
-    ``key.fold_in(l)``.
+class HierarchicalVAE(Ladder):
+    """A ladder as a model: layer l draws the noise of ``key.fold_in(l)``.
 
-    z stands for the vectors of all layers side by side, top first, ``[B, sum(latents)]``.
-
-    Args:
-        image: channels, height, width.
-        latents: dimensions of each layer, top first, e.g. ``(4, 16)``.
-        width: of the deterministic state on the way up and down.
-        likelihood: p(x|z).
+    z stands for the vectors of all layers side by side, top first, ``[B, sum(latents)]``. Arguments
+    as of `Ladder`.
     """
-
-    def __init__(
-        self,
-        image: ImageShape,
-        latents: Sequence[int],
-        likelihood: GaussianLikelihood,
-        width: int = 256,
-    ) -> None:
-        super().__init__()
-        if not latents or min(latents) < 1:
-            raise ValueError(f"latents must be one positive size per layer, got {tuple(latents)}")
-        self.latents = tuple(latents)
-        self.likelihood = likelihood
-        self.up = nn.ModuleList()  # the last one feeds the top
-        size = prod(image)
-        for _ in latents:
-            self.up.append(nn.Sequential(nn.Linear(size, width), nn.SiLU()))
-            size = width
-        self.posterior = nn.ModuleList(nn.Linear(2 * width, 2 * z) for z in latents)
-        self.prior = nn.ModuleList(nn.Linear(width, 2 * z) for z in latents[1:])
-        self.down = nn.ModuleList(
-            nn.Sequential(nn.Linear(width + z, width), nn.SiLU()) for z in latents
-        )
-        self.top = nn.Parameter(torch.zeros(width))
-        self.decoder = nn.Sequential(
-            nn.Linear(width, likelihood.outputs * prod(image)),
-            nn.Unflatten(1, (likelihood.outputs * image[0], *image[1:])),
-        )
 
     def forward(
         self, x: Tensor, *, key: NoiseKey | None = None, beta: float | Tensor = 1.0
     ) -> HierarchicalOutput:
         """The negative ELBO and its parts."""
-        (recon, recon_logvar), _, rates = self._descend(len(x), self._posterior(x, key))
+        (recon, recon_logvar), _, rates = self.descend(len(x), self._posterior(x, key))
         layer_kl = torch.stack(rates)
         with tracing.range("likelihood"):
             rate = layer_kl.sum(0)
@@ -108,32 +65,18 @@ class HierarchicalVAE(nn.Module):
         """z ~ q(z|x), and the rate in nats: ``[B]``, or that of each dimension like z
         (``reduction="none"``); both with gradients.
         """
-        _, z, kl = self._descend(len(x), self._posterior(x, key, reduction))
+        _, z, kl = self.descend(len(x), self._posterior(x, key, reduction))
         return torch.cat(z, 1), torch.cat(kl, 1) if reduction == "none" else torch.stack(kl).sum(0)
 
     def decode(self, z: Tensor) -> Decoded:
         """Mean and log-variance of p(x|z)."""
         parts = z.split(self.latents, 1)
-        return self._descend(len(z), lambda layer, _: (parts[layer], parts[layer]))[0]
+        return self.descend(len(z), lambda layer, _: (parts[layer], parts[layer]))[0]
 
     def states(self, z: Tensor) -> list[Tensor]:
         """The state above each layer, ``[B, width]``, top first."""
         parts = z.split(self.latents, 1)
-        return self._descend(len(z), lambda layer, way_down: (parts[layer], way_down))[2]
-
-    def _descend(self, count: int, draw: Draw) -> tuple[Decoded, list[Tensor], list[Tensor]]:
-        """p(x|z), and what `draw` gave for each layer."""
-        way_down, drawn, numbers = self.top.expand(count, -1), [], []
-        for layer, block in enumerate(self.down):
-            with tracing.range("latent"):
-                z, number = draw(layer, way_down)
-            drawn.append(z)
-            numbers.append(number)
-            with tracing.range("decoder"):
-                way_down = block(torch.cat([way_down, z], 1))
-        with tracing.range("decoder"):
-            mean, logvar = self.likelihood(self.decoder(way_down))
-        return (mean, logvar), drawn, numbers
+        return self.descend(len(z), lambda layer, way_down: (parts[layer], way_down))[2]
 
     def _posterior(self, x: Tensor, key: NoiseKey | None, reduction: str = "sample") -> Draw:
         seen = self.way_up(x)
@@ -145,30 +88,6 @@ class HierarchicalVAE(nn.Module):
 
         return draw
 
-    def way_up(self, x: Tensor) -> list[Tensor]:
-        """What the posterior of each layer sees of x, ``[B, width]``, top first."""
-        states = [x.flatten(1)]
-        with tracing.range("encoder"):
-            for block in self.up:
-                states.append(block(states[-1]))
-        return states[:0:-1]
-
-    def posterior_moments(
-        self, layer: int, way_down: Tensor, seen: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z_l | z_<l, x)."""
-        mean, logvar = self.posterior[layer](torch.cat([way_down, seen], 1)).chunk(2, 1)
-        return mean, logvar
-
-    def prior_moments(
-        self, layer: int, way_down: Tensor
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Of p(z_l | z_<l); None at the top, where it is N(0, I)."""
-        if layer == 0:
-            return None, None
-        mean, logvar = self.prior[layer - 1](way_down).chunk(2, 1)
-        return mean, logvar
-
     @torch.no_grad()
     def code(self, x: Tensor) -> Tensor:
         """The means of q(z_l | z_<l, x), each given those above it, like z."""
@@ -178,7 +97,7 @@ class HierarchicalVAE(nn.Module):
             mean, _ = self.posterior_moments(layer, way_down, seen[layer])
             return mean, mean
 
-        return torch.cat(self._descend(len(x), draw)[1], 1)
+        return torch.cat(self.descend(len(x), draw)[1], 1)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -196,7 +115,7 @@ class HierarchicalVAE(nn.Module):
             z = reparameterize(mean, logvar, key=key and key.fold_in(layer))
             return z, z
 
-        return self._descend(count, draw)[0][0]
+        return self.descend(count, draw)[0][0]
 
     @torch.no_grad()
     def log_prob(self, x: Tensor, num_samples: int = 100, *, key: NoiseKey | None = None) -> Tensor:
@@ -222,5 +141,5 @@ class HierarchicalVAE(nn.Module):
             mean = torch.zeros_like(part) if mean is None else mean
             return part, gaussian_log_likelihood(part, mean, logvar) - log_q
 
-        (mean, logvar), _, log_ratios = self._descend(len(x), draw)
+        (mean, logvar), _, log_ratios = self.descend(len(x), draw)
         return gaussian_log_likelihood(x, mean, logvar) + torch.stack(log_ratios).sum(0)
