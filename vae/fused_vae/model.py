@@ -69,9 +69,7 @@ class VAE(nn.Module):
             return DiagonalGaussian.from_moments(self.encoder(x))
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor | float | None]:
-        """Mean and log-variance of p(x|z); the mean has the shape of x, the log-variance broadcasts
-        to it.
-        """
+        """Mean of p(x|z), of the shape of x, and log-variance, which broadcasts to it."""
         with tracing.range("decoder"):
             mean, logvar = self.likelihood(self.decoder(z))
         return mean, logvar
@@ -93,8 +91,7 @@ class VAE(nn.Module):
 
         Args:
             x: ``[B, *event]``.
-            key: names the noise; the same key gives the same z. None draws one from torch's
-                generator.
+            key: names the noise: the same key, the same z. None draws one from torch's generator.
             beta: weight of the KL in the loss (beta-VAE; 1 is the ELBO).
         """
         z, kl = self.sample_kl(x, key=key)
@@ -115,9 +112,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, *shape: int, key: NoiseKey | None = None) -> Tensor:
-        """The mean of p(x|z) for z ~ N(0, I) of this shape, batch first: ``vae.sample(64, 16)`` is
-        64 pictures.
-        """
+        """The mean of p(x|z) for z ~ N(0, I); ``vae.sample(64, 16)`` is 64 pictures."""
         like = next(self.parameters())
         zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self.decode(reparameterize(zeros, zeros, key=key))[0]
@@ -129,8 +124,7 @@ class VAE(nn.Module):
         """Importance-weighted lower bound on log p(x), ``[B]`` nats (IWAE, arXiv:1509.00519).
 
         log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x) with z_k ~ q(z|x): the ELBO for K = 1, tighter with
-        every further sample, log p(x) in the limit. Decodes at most ``chunk`` samples per image at
-        a time; each chunk folds its number into `key`.
+        every further sample. Decodes ``chunk`` samples per image at a time, each with a folded key.
         """
         if num_samples < 1 or chunk < 1:
             raise ValueError(f"num_samples and chunk must be positive, got {num_samples}, {chunk}")
