@@ -11,6 +11,8 @@ torch.
   torch's headers.
 - csrc/cuda/*.cu: by nvcc, if there is one, and then csrc/cuda/*.cpp by the C++ compiler. The
   finished object loads on a torch without CUDA too.
+- csrc/fastpath/module.cpp: into a Python module of its own, _fastpath, against the torch and the
+  Python at hand. Without it everything works, small calls more slowly.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +37,7 @@ from build_support.torch_paths import TARGET_MACRO, TARGET_TEXT, find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_INFO = "_build_info.json"
+FASTPATH = f"_fastpath{sysconfig.get_config_var('EXT_SUFFIX')}"
 EXPORTS = ROOT / "build_support" / "exports.map"
 
 # From the oldest up. The linker keeps the first copy of an inline function that several objects
@@ -79,7 +83,8 @@ class BuildExtension(build_ext):
         extension = Path(self.get_ext_fullpath("fused_elbo._C"))
         extension.parent.mkdir(parents=True, exist_ok=True)
         self.link(extension, host, cuda)
-        self.write_build_info(extension.with_name(BUILD_INFO), cuda)
+        fastpath_note = self.build_fastpath(extension.with_name(FASTPATH))
+        self.write_build_info(extension.with_name(BUILD_INFO), cuda, fastpath_note)
 
     def plan_cuda(self, mode: str) -> CudaPlan:
         """Without a working nvcc the build is CPU-only, unless mode is "1".
@@ -185,9 +190,7 @@ class BuildExtension(build_ext):
         return jobs
 
     def link(self, extension: Path, host: Sequence[Job], cuda: CudaPlan) -> None:
-        partial = extension.with_suffix(f".{os.getpid()}.tmp")
-        command = [
-            *[*self.cxx, "-shared", "-o", str(partial)],
+        arguments = [
             *[str(job.object) for job in [*host, *cuda.jobs]],
             f"-L{self.torch.lib}",
             # Without libtorch itself among the needed libraries, the weak reference to the function
@@ -195,24 +198,82 @@ class BuildExtension(build_ext):
             *["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"],
             # A kernel that is declared but not defined is an error of the build, not of loading.
             *["-Wl,-z,defs", "-Wl,-O1", f"-Wl,--version-script={EXPORTS}"],
-            *shlex.split(os.environ.get("LDFLAGS", "")),
         ]
         if cuda.nvcc:
-            command += [
+            arguments += [
                 f"-L{cuda.nvcc.library_dir()}",
                 "-lcudart_static",
                 "-ldl",
                 "-lrt",
                 "-lpthread",
             ]
+        self.run_linker(extension, arguments)
+
+    def run_linker(self, output: Path, arguments: Sequence[str]) -> None:
+        """Makes a shared object, in the place of an older one only when it is whole."""
+        partial = output.with_suffix(f".{os.getpid()}.tmp")
+        flags = shlex.split(os.environ.get("LDFLAGS", ""))
+        command = [*self.cxx, "-shared", "-o", str(partial), *arguments, *flags]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
-            raise LinkError(
-                f"linking {extension.name} failed:\n{shlex.join(command)}\n{done.stdout}"
-            )
-        partial.replace(extension)
+            raise LinkError(f"linking {output.name} failed:\n{shlex.join(command)}\n{done.stdout}")
+        partial.replace(output)
 
-    def write_build_info(self, file: Path, cuda: CudaPlan) -> None:
+    def build_fastpath(self, module: Path) -> str | None:
+        """Compiles and links _fastpath, or says why not; then there is no such file.
+
+        FUSED_ELBO_FASTPATH=1 makes a failure fatal, =0 leaves it out.
+        """
+        module.unlink(missing_ok=True)
+        mode = os.environ.get("FUSED_ELBO_FASTPATH", "")
+        if mode not in ("", "0", "1"):
+            raise PlatformError(f"fused-elbo: FUSED_ELBO_FASTPATH must be 0 or 1, got {mode!r}")
+        if mode == "0":
+            return "FUSED_ELBO_FASTPATH=0 when this was built"
+        python = Path(sysconfig.get_path("include"))
+        note = None
+        if not (python / "Python.h").is_file():
+            note = f"{python / 'Python.h'} is missing (Debian and Ubuntu: apt-get install python3-dev)"
+        else:
+            try:
+                self.compile_fastpath(module, python)
+            except CompileError as error:  # torch's C++ classes change from release to release
+                if mode == "1":
+                    raise
+                print(error, flush=True)
+                note = f"it does not compile against torch {self.torch.version}"
+        if note is not None:
+            if mode == "1":
+                raise PlatformError(f"fused-elbo: FUSED_ELBO_FASTPATH=1, but {note}")
+            print(f"fused-elbo: no fast path: {note}", flush=True)
+        return note
+
+    def compile_fastpath(self, module: Path, python: Path) -> None:
+        baseline = next(iter(ISA_LEVELS[platform.machine()].values()))
+        include = self.torch.include
+        job = Job(
+            ROOT / "csrc/fastpath/module.cpp",
+            self.objects / f"{module.stem}.o",
+            [
+                *[*self.cxx, "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden"],
+                *["-Wall", "-Wextra", *baseline],
+                *["-isystem", str(include)],
+                *["-isystem", str(include / "torch/csrc/api/include"), "-isystem", str(python)],
+                *shlex.split(os.environ.get("CXXFLAGS", "")),
+            ],
+            f"{version_line(self.cxx)}, {self.torch.version} {self.torch.git_version}",
+        )
+        compile_all([job])
+        self.run_linker(
+            module,
+            [
+                str(job.object),
+                f"-L{self.torch.lib}",
+                *["-ltorch_python", "-ltorch_cpu", "-lc10", "-Wl,-O1"],
+            ],
+        )
+
+    def write_build_info(self, file: Path, cuda: CudaPlan, fastpath_note: str | None) -> None:
         info = {
             "version": self.distribution.get_version(),
             "machine": platform.machine(),
@@ -223,22 +284,31 @@ class BuildExtension(build_ext):
             "nvcc": cuda.nvcc.version_text if cuda.nvcc else None,
             "cuda_archs": list(cuda.archs),
             "cuda_note": cuda.note,
+            "fastpath": f"{self.torch.version} {self.torch.git_version}"
+            if fastpath_note is None
+            else None,
+            "fastpath_note": fastpath_note,
         }
         file.write_text(json.dumps(info, indent=2) + "\n")
 
-    # setuptools knows of the shared object alone; its build info goes wherever it goes.
+    # setuptools knows of the extension alone; what lies beside it goes wherever it goes.
 
-    def _info_beside(self, extension: str) -> str:
-        return str(Path(extension).with_name(BUILD_INFO))
+    def _beside(self, extension: str) -> dict[str, str]:
+        """What a build puts beside the extension: names and paths, whether or not they exist."""
+        return {name: str(Path(extension).with_name(name)) for name in (BUILD_INFO, FASTPATH)}
 
     def get_outputs(self) -> list[str]:
         outputs: list[str] = super().get_outputs()
-        return [*outputs, *(self._info_beside(path) for path in outputs)]
+        beside = [path for output in outputs for path in self._beside(output).values()]
+        return [*outputs, *filter(os.path.exists, beside)]
 
     def get_output_mapping(self) -> dict[str, str]:
         mapping: dict[str, str] = super().get_output_mapping()
         return mapping | {
-            self._info_beside(built): self._info_beside(source) for built, source in mapping.items()
+            built_beside: self._beside(source)[name]
+            for built, source in mapping.items()
+            for name, built_beside in self._beside(built).items()
+            if os.path.exists(built_beside)
         }
 
     def copy_extensions_to_source(self) -> None:
@@ -246,10 +316,11 @@ class BuildExtension(build_ext):
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             inplace, built = self._get_inplace_equivalent(build_py, ext)
-            for target, origin in (
-                (inplace, built),
-                (self._info_beside(inplace), self._info_beside(built)),
-            ):
+            targets, origins = self._beside(inplace), self._beside(built)
+            for target, origin in ((inplace, built), *zip(targets.values(), origins.values())):
+                if not os.path.exists(origin):
+                    Path(target).unlink(missing_ok=True)
+                    continue
                 partial = f"{target}.{os.getpid()}.tmp"
                 shutil.copy2(origin, partial)
                 os.replace(partial, target)

@@ -19,6 +19,7 @@ TARGET_MACRO = f"0x{TARGET[0]:02x}{TARGET[1]:02x}" + "0" * 12
 @dataclass(frozen=True)
 class TorchPaths:
     version: str
+    git_version: str
     include: Path
     lib: Path
 
@@ -35,7 +36,7 @@ def find_torch() -> TorchPaths:
             f"fused-elbo: building needs torch >= {TARGET_TEXT}; pip install it, then build again"
         )
     root = Path(next(iter(spec.submodule_search_locations)))
-    version = _read_version(root / "version.py")
+    version = _read(root / "version.py", "__version__")
     numbers = tuple(int(part) for part in version.split(".")[:2])
     if numbers < TARGET:
         raise PlatformError(
@@ -45,11 +46,15 @@ def find_torch() -> TorchPaths:
         raise PlatformError(
             f"fused-elbo: the torch in {root} has no C++ headers; reinstall it from a wheel"
         )
-    return TorchPaths(version, root / "include", root / "lib")
+    git_version = _read(root / "version.py", "git_version")
+    return TorchPaths(version, git_version, root / "include", root / "lib")
 
 
-def _read_version(file: Path) -> str:
-    found = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", file.read_text(), re.MULTILINE)
+def _read(file: Path, name: str) -> str:
+    """The value of a string that a module assigns."""
+    found = re.search(
+        rf"^{name}(?:\s*:[^=]*)?\s*=\s*['\"]([^'\"]+)['\"]", file.read_text(), re.MULTILINE
+    )
     if found is None:
-        raise PlatformError(f"fused-elbo: cannot read the version of torch from {file}")
+        raise PlatformError(f"fused-elbo: cannot read {name} of torch from {file}")
     return found.group(1)

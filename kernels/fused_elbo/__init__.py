@@ -11,13 +11,14 @@ Importing initializes no device; kernels are loaded on first use.
 from . import tracing
 from .backends import available_backends, explain, use_backend
 from .functional import (
+    ELBOOutput,
+    elbo_loss,
     gaussian_kl,
     gaussian_log_likelihood,
     reparameterize,
     reparameterize_kl,
 )
 from .gaussian import DiagonalGaussian
-from .loss import ELBOOutput, elbo_loss
 from .modules import ELBOLoss, GaussianLogLikelihood, Reparameterize
 from .noise import NoiseKey
 from .parametrization import Parametrization

@@ -19,6 +19,8 @@ class BuildInfo:
     torch: the version compiled against; torch_target: the oldest that the result loads on.
     cuda_archs: compute capabilities times ten, with "+PTX" also code that newer devices translate.
     cuda_note: why there are no CUDA kernels.
+    fastpath: the version and commit of the torch that _fastpath was compiled against, or None;
+        fastpath_note: why it was not.
     """
 
     version: str
@@ -30,6 +32,8 @@ class BuildInfo:
     nvcc: str | None
     cuda_archs: list[str]
     cuda_note: str | None
+    fastpath: str | None
+    fastpath_note: str | None
 
 
 @functools.cache

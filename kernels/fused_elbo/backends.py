@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops
+from . import fastpath, ops
 from .ops import Kernels
+from .schemas import EXTENSION
 
 __all__ = ["available_backends", "explain", "use_backend"]
 
@@ -73,7 +74,8 @@ def _load_extension() -> Kernels:
     from . import _library
 
     _library.load()
-    return ops.kernels("fused_elbo")
+    fastpath.load()
+    return ops.kernels(EXTENSION)
 
 
 def _load_triton() -> Kernels:
@@ -119,10 +121,12 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _override
     previous, _override = _override, _known(name)
+    _direct_fastpath()
     try:
         yield
     finally:
         _override = previous
+        _direct_fastpath()
 
 
 def select(device_type: str, requested: str | None) -> Kernels | None:
@@ -143,6 +147,7 @@ def select(device_type: str, requested: str | None) -> Kernels | None:
         pass
     kernels = _answer(*choice)
     answers[choice] = kernels
+    _direct_fastpath()
     return kernels
 
 
@@ -171,6 +176,17 @@ def renew_selected() -> None:
     _generation += 1
     # Not changed in place: a thread amid select() must not put an old answer among the new.
     _selected = {choice: _answer(*choice) for choice in list(_selected)}
+    _direct_fastpath()
+
+
+def _direct_fastpath() -> None:
+    """Tells the fast path for which devices a call without ``backend=`` runs the extension."""
+
+    def runs_extension(device_type: str) -> bool:
+        kernels = _selected.get((device_type, _override))
+        return kernels is not None and kernels.namespace == EXTENSION
+
+    fastpath.serve(runs_extension("cpu"), runs_extension("cuda"))
 
 
 def explain(tensor: Tensor) -> str:

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Iterator
 from importlib import metadata
 
-from . import _library
+from . import _library, fastpath
 
 
 def report() -> str:
@@ -53,6 +53,8 @@ def _extension() -> Iterator[tuple[str, str]]:
     yield "built with", f"torch {info.torch}, {info.compiler}, nvcc {info.nvcc or 'none'}"
     in_use = _library.isa_level() if failure is None else "none"
     yield "CPU ISA", f"{in_use} in use, {' '.join(info.isa_levels)} built in"
+    slow = fastpath.reason()
+    yield "fast path", "yes" if slow is None else f"no: {slow}"
     yield "CUDA archs", " ".join(info.cuda_archs) or f"none: {info.cuda_note}"
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import _checks, backends, ops
-from .functional import broadcast_prior, gaussian_log_likelihood, resolve_noise
+from .arguments import broadcast_prior, resolve_noise
+from .functional import gaussian_log_likelihood
 from .noise import NoiseKey
 from .parametrization import (
     PLAIN,

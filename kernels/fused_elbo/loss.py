@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, backends, ops
-from .functional import latent_call, variance_of
+from . import _checks, backends, fastpath, ops
+from .arguments import latent_call, variance_of
 from .parametrization import PLAIN_SCALE, Parametrization, parametrization, scale_params
 from .schemas import SAMPLE
 
@@ -85,6 +85,16 @@ def elbo_loss(
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
         loss = (beta * kl - log_likelihood).mean()
     """
+    if (
+        not torch.compiler.is_compiling()
+        and mask is backend is None
+        and param == recon_param == "logvar"
+        and (
+            done := fastpath.elbo_loss(recon_x, x, mean, logvar, kl, recon_logvar, beta, reduction)
+        )
+        is not None
+    ):
+        return ELBOOutput(*done)
     name = "elbo_loss"
     code = _checks.reduction(name, reduction, ("batchmean", "sum", "sample"))
     recon_x = _checks.batched(name, "recon_x", recon_x)

@@ -6,7 +6,8 @@ Three tiers, because each costs what the next one up would have to add to it:
   graph);
 - under torch.func transforms, a `setup_context` Function with `vmap` and `jvp` (and inside a plain
   dual level of forward-mode AD, the formulas of `reference` on the kernels' noise);
-- otherwise a plain Function where gradients are wanted, and the raw operation where they are not.
+- otherwise a plain Function where gradients are wanted, and the raw operation where they are not;
+  both in C++ (`fastpath`) for the extension's kernels, where that could be built.
 
 Nothing but inputs and the seed is saved for backward; `elbo` alone saves its gradients, which the
 same pass has computed. With ``create_graph=True`` backward runs the formulas of `reference`, which
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from . import reference
+from . import fastpath, reference
 from .calls import (
     COMMON_PARAMS,
     REDUCTION_NAMES,
@@ -46,7 +47,7 @@ from .calls import (
     present,
 )
 from .registration import kernels
-from .schemas import BATCHMEAN, SAMPLE, SCHEMAS, SUM
+from .schemas import BATCHMEAN, EXTENSION, SAMPLE, SCHEMAS, SUM
 from .transforms import Call, LatentTransform, LikelihoodTransform
 
 __all__ = [
@@ -86,6 +87,10 @@ def latent(
     if torch.compiler.is_compiling():
         traced = getattr(torch.ops, kernels.namespace).latent.default
         return traced(mean, logvar, prior_mean, prior_logvar, seed, mask, *params)  # type: ignore[no-any-return]
+    if kernels.namespace == EXTENSION:
+        done = fastpath.latent(mean, logvar, prior_mean, prior_logvar, seed, mask, params)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
     if _functorch_active():
         call = Call(kernels, params)
         return LatentTransform.apply(call, mean, logvar, prior_mean, prior_logvar, seed, mask)  # type: ignore[no-any-return]
@@ -152,6 +157,10 @@ def likelihood(
     if torch.compiler.is_compiling():
         traced = getattr(torch.ops, kernels.namespace).likelihood.default
         return traced(x, mean, logvar, mask, *params)  # type: ignore[no-any-return]
+    if kernels.namespace == EXTENSION:
+        done = fastpath.likelihood(x, mean, logvar, mask, params)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
     if _functorch_active():
         return LikelihoodTransform.apply(Call(kernels, params), x, mean, logvar, mask)  # type: ignore[no-any-return]
     if forward_ad._current_level >= 0:
@@ -194,6 +203,10 @@ def elbo(
     kernels: Kernels | None, inputs: ELBOInputs, params: ELBOParams
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, and its parts per sample without gradient; ``kernels=None`` runs the reference."""
+    if kernels is not None and not torch.compiler.is_compiling() and kernels.namespace == EXTENSION:
+        done = fastpath.elbo(*inputs, params)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
     if kernels is None or _functorch_active() or forward_ad._current_level >= 0:
         # The parts compose: under torch.func each is its own transformable kernel.
         loss, ll, kl = _elbo_from_parts(kernels, inputs, params)

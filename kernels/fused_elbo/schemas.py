@@ -28,6 +28,8 @@ from torch import Tensor
 
 from .reference import accumulate_dtype
 
+#: The namespace of the extension's operations, for CPU and CUDA tensors.
+EXTENSION = "fused_elbo"
 OFF, NONE, SAMPLE, SUM, BATCHMEAN = -1, 0, 1, 2, 3
 NO_CLAMP = 1e300  # schemas have no literal for infinity
 REDUCTIONS = {"none": NONE, "sample": SAMPLE, "sum": SUM, "batchmean": BATCHMEAN}

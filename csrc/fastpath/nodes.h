@@ -1,0 +1,221 @@
+// The operations with autograd: each saves its inputs and, in backward, runs one raw operation.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <utility>
+
+#include "kernels.h"
+#include "node.h"
+
+namespace fused_elbo::fastpath {
+
+inline Object to_python(const Scale& s) { return own(Py_BuildValue("(Lddd)", s.code, s.floor, s.clamp_min, s.clamp_max)); }
+
+inline Object to_python(const LatentParams& p) {
+  return own(Py_BuildValue("(LLLLLLdddOL)", p.seed_value, p.stream, p.row_offset, p.num_samples, p.chunk_dim,
+                           p.scale.code, p.scale.floor, p.scale.clamp_min, p.scale.clamp_max,
+                           p.want_z ? Py_True : Py_False, p.reduction));
+}
+inline Object to_python(const LikelihoodParams& p) {
+  return own(Py_BuildValue("(dLLLddd)", p.logvar_value, p.batch_dims, p.reduction, p.scale.code, p.scale.floor,
+                           p.scale.clamp_min, p.scale.clamp_max));
+}
+inline Object to_python(const ElboParams& p) {
+  const Object scale = to_python(p.scale);
+  return own(Py_BuildValue("(ddLO)", p.recon_logvar_value, p.beta_value, p.reduction, scale.get()));
+}
+
+// A formula's gradients for saved inputs and upstream gradients; its arguments are (inputs, params, *upstream).
+template <size_t kInputs, class Params, size_t kUpstream>
+variable_list run_formula(PyObject* formula, const Node& node, size_t count, const std::array<Tensor, kInputs>& inputs,
+                          const Params& params, const std::array<Tensor, kUpstream>& upstream) {
+  const WithGil gil;
+  try {
+    const Object arguments = own(PyTuple_New(2 + kUpstream));
+    PyTuple_SET_ITEM(arguments.get(), 0, wrap_all(inputs).release());
+    PyTuple_SET_ITEM(arguments.get(), 1, to_python(params).release());
+    for (size_t i = 0; i < kUpstream; ++i) {
+      PyTuple_SET_ITEM(arguments.get(), static_cast<Py_ssize_t>(2 + i), own(wrap(upstream[i])).release());
+    }
+    const Object result = own(PyObject_Call(formula, arguments.get(), nullptr));
+    return gradients_of(result.get(), node, count);
+  } catch (python_error& error) {
+    error.persist();
+    throw;
+  }
+}
+
+struct LatentBackward final : Node {
+  LatentParams params;
+  Saved<6> saved;  // LatentTensors
+
+  std::string name() const override { return "LatentBackward"; }
+  void release_variables() override { saved.release(); }
+
+  variable_list apply(variable_list&& upstream) override {
+    const LatentTensors inputs = saved.unpack();
+    if (GradMode::is_enabled()) {  // create_graph=True
+      return run_formula<6, LatentParams, 2>(formulas().latent, *this, 4, inputs, params,
+                                             {std::move(upstream[0]), std::move(upstream[1])});
+    }
+    const bool want_prior = task_should_compute_output(2) || task_should_compute_output(3);
+    auto [mean, logvar, prior_mean, prior_logvar] =
+        latent_backward(inputs, upstream[0], upstream[1], params, want_prior);
+    variable_list grads(4);
+    if (task_should_compute_output(0)) grads[0] = std::move(mean);
+    if (task_should_compute_output(1)) grads[1] = std::move(logvar);
+    if (task_should_compute_output(2)) grads[2] = std::move(prior_mean);
+    if (task_should_compute_output(3)) grads[3] = std::move(prior_logvar);
+    return grads;
+  }
+};
+
+inline std::tuple<Tensor, Tensor> latent(LatentTensors inputs, const LatentParams& params) {
+  const auto& [mean, logvar, prior_mean, prior_logvar, seed, mask] = inputs;
+  const bool graph = torch::autograd::compute_requires_grad(mean, logvar, prior_mean, prior_logvar);
+  std::tuple<Tensor, Tensor> outputs;
+  {
+    const WithoutGil no_gil;
+    const at::AutoDispatchBelowADInplaceOrView raw;
+    outputs = latent_forward(inputs, params);
+  }
+  if (graph) {
+    auto node = make_node<LatentBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(mean, logvar, prior_mean, prior_logvar));
+    node->params = params;
+    node->saved.save(inputs);
+    torch::autograd::set_history(std::get<0>(outputs), node);
+    torch::autograd::set_history(std::get<1>(outputs), node);
+  }
+  return outputs;
+}
+
+struct LikelihoodBackward final : Node {
+  LikelihoodParams params;
+  Saved<4> saved;  // LikelihoodTensors
+
+  std::string name() const override { return "LikelihoodBackward"; }
+  void release_variables() override { saved.release(); }
+
+  variable_list apply(variable_list&& upstream) override {
+    if (!upstream[0].defined()) return variable_list(3);
+    const LikelihoodTensors inputs = saved.unpack();
+    if (GradMode::is_enabled()) {
+      return run_formula<4, LikelihoodParams, 1>(formulas().likelihood, *this, 3, inputs, params,
+                                                 {std::move(upstream[0])});
+    }
+    const bool want_x = task_should_compute_output(0), want_mean = task_should_compute_output(1);
+    const bool want_logvar = task_should_compute_output(2);
+    auto [mean, logvar] = likelihood_backward(inputs, upstream[0], want_x || want_mean, want_logvar, params);
+    variable_list grads(3);
+    if (want_x) grads[0] = -mean;
+    if (want_mean) grads[1] = std::move(mean);
+    if (want_logvar) grads[2] = std::move(logvar);
+    return grads;
+  }
+};
+
+inline Tensor likelihood(const LikelihoodTensors& inputs, const LikelihoodParams& params) {
+  const auto& [x, mean, logvar, mask] = inputs;
+  const bool graph = torch::autograd::compute_requires_grad(x, mean, logvar);
+  Tensor output;
+  {
+    const WithoutGil no_gil;
+    const at::AutoDispatchBelowADInplaceOrView raw;
+    output = likelihood_forward(inputs, params);
+  }
+  if (graph) {
+    auto node = make_node<LikelihoodBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x, mean, logvar));
+    node->params = params;
+    node->saved.save(inputs);
+    torch::autograd::set_history(output, node);
+  }
+  return output;
+}
+
+// Saves its gradients, which forward has computed, and scales them.
+struct ElboBackward final : Node {
+  ElboParams params;
+  Saved<8> saved;  // ElboTensors
+  Saved<4> grads;  // of recon_x, recon_logvar, mean and logvar
+
+  std::string name() const override { return "ELBOBackward"; }
+  void release_variables() override {
+    saved.release();
+    grads.release();
+  }
+
+  variable_list apply(variable_list&& upstream) override {
+    constexpr size_t kReconX = 0, kX = 1, kReconLogvar = 2, kMean = 3, kLogvar = 4, kKl = 5;
+    variable_list result(6);
+    const Tensor grad_loss = std::move(upstream[0]);
+    if (!grad_loss.defined()) return result;
+    const ElboTensors inputs = saved.unpack();
+    const auto formula = [&] {
+      return run_formula<8, ElboParams, 1>(formulas().elbo, *this, 6, inputs, params, {grad_loss});
+    };
+    if (GradMode::is_enabled()) return formula();
+    const std::array<Tensor, 4> kept = grads.unpack();
+    const bool as_they_are = is_one(grad_loss);
+    const auto scaled = [&](const Tensor& grad) {
+      if (as_they_are) return grad;
+      if (grad_loss.dim() == 0) return grad * grad_loss;
+      std::vector<int64_t> shape(static_cast<size_t>(grad.dim()), 1);
+      shape[0] = -1;
+      return grad * grad_loss.view(shape).to(grad.scalar_type());
+    };
+    if (task_should_compute_output(kReconX) || task_should_compute_output(kX)) {
+      Tensor grad = scaled(kept[0]);
+      if (task_should_compute_output(kX)) result[kX] = -grad;
+      if (task_should_compute_output(kReconX)) result[kReconX] = std::move(grad);
+    }
+    if (task_should_compute_output(kReconLogvar)) {
+      // Summed over the batch before it could be scaled per sample: that one gradient is computed anew.
+      result[kReconLogvar] = grad_loss.dim() == 1 ? formula()[kReconLogvar] : scaled(kept[1]);
+    }
+    if (task_should_compute_output(kMean)) result[kMean] = scaled(kept[2]);
+    if (task_should_compute_output(kLogvar)) result[kLogvar] = scaled(kept[3]);
+    if (task_should_compute_output(kKl)) result[kKl] = of_kl(grad_loss, inputs);
+    return result;
+  }
+
+ private:
+  // Whether scaling can be left out: where reading the number is free, and no one keeps the graph.
+  static bool is_one(const Tensor& grad_loss) {
+    return grad_loss.dim() == 0 && is_plain(grad_loss) && grad_loss.is_cpu() &&
+           !torch::autograd::get_current_graph_task_keep_graph() && grad_loss.item<double>() == 1.0;
+  }
+
+  Tensor of_kl(const Tensor& grad_loss, const ElboTensors& inputs) const {
+    const int64_t batch = inputs[0].size(0);
+    Tensor grad = grad_loss;
+    if (params.reduction == kBatchmean) grad = grad / batch;
+    if (params.reduction != kSample) grad = grad.expand({batch});
+    return inputs[6].defined() ? grad * inputs[6] : grad * params.beta_value;
+  }
+};
+
+inline std::array<Tensor, 3> elbo(const ElboTensors& inputs, const ElboParams& params) {
+  const auto& [recon_x, x, recon_logvar, mean, logvar, kl, beta, mask] = inputs;
+  const bool graph = torch::autograd::compute_requires_grad(recon_x, x, recon_logvar, mean, logvar, kl);
+  ElboResult outputs;
+  {
+    const WithoutGil no_gil;
+    const at::AutoDispatchBelowADInplaceOrView raw;
+    outputs = elbo_forward(inputs, params, graph);
+  }
+  auto& [loss, ll, kl_out, grad_recon, grad_recon_logvar, grad_mean, grad_logvar] = outputs;
+  if (graph) {
+    auto node = make_node<ElboBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(recon_x, x, recon_logvar, mean, logvar, kl));
+    node->params = params;
+    node->saved.save(inputs);
+    node->grads.save({grad_recon, grad_recon_logvar, grad_mean, grad_logvar});
+    torch::autograd::set_history(loss, node);
+  }
+  return {loss, ll, kl_out};
+}
+
+}  // namespace fused_elbo::fastpath
