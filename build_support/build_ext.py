@@ -23,8 +23,10 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +66,14 @@ class CudaPlan:
     jobs: Sequence[Job] = field(default=())
 
 
+@dataclass(frozen=True)
+class FastpathPlan:
+    """The compiled object of _fastpath, or why there is none."""
+
+    job: Job | None = None
+    note: str | None = None
+
+
 class BuildExtension(build_ext):
     """Compiles what changed, links one abi3 shared object and records beside it what is inside."""
 
@@ -79,12 +89,14 @@ class BuildExtension(build_ext):
 
         cuda = self.plan_cuda(os.environ.get("FUSED_ELBO_CUDA", ""))
         host = self.host_jobs(with_cuda=bool(cuda.jobs))
-        compile_all([*cuda.jobs, *host])
+        with ThreadPoolExecutor(1) as aside:  # one long job, which may fail
+            fastpath = aside.submit(self.plan_fastpath, os.environ.get("FUSED_ELBO_FASTPATH", ""))
+            compile_all([*cuda.jobs, *host])
         extension = Path(self.get_ext_fullpath("fused_elbo._C"))
         extension.parent.mkdir(parents=True, exist_ok=True)
         self.link(extension, host, cuda)
-        fastpath_note = self.build_fastpath(extension.with_name(FASTPATH))
-        self.write_build_info(extension.with_name(BUILD_INFO), cuda, fastpath_note)
+        self.link_fastpath(extension.with_name(FASTPATH), fastpath.result())
+        self.write_build_info(extension.with_name(BUILD_INFO), cuda, fastpath.result().note)
 
     def plan_cuda(self, mode: str) -> CudaPlan:
         """Without a working nvcc the build is CPU-only, unless mode is "1".
@@ -219,59 +231,59 @@ class BuildExtension(build_ext):
             raise LinkError(f"linking {output.name} failed:\n{shlex.join(command)}\n{done.stdout}")
         partial.replace(output)
 
-    def build_fastpath(self, module: Path) -> str | None:
-        """Compiles and links _fastpath, or says why not; then there is no such file.
-
-        FUSED_ELBO_FASTPATH=1 makes a failure fatal, =0 leaves it out.
-        """
-        module.unlink(missing_ok=True)
-        mode = os.environ.get("FUSED_ELBO_FASTPATH", "")
+    def plan_fastpath(self, mode: str) -> FastpathPlan:
+        """Compiles _fastpath; or says why not, unless mode is "1"."""
         if mode not in ("", "0", "1"):
             raise PlatformError(f"fused-elbo: FUSED_ELBO_FASTPATH must be 0 or 1, got {mode!r}")
         if mode == "0":
-            return "FUSED_ELBO_FASTPATH=0 when this was built"
+            return FastpathPlan(note="FUSED_ELBO_FASTPATH=0 when this was built")
         python = Path(sysconfig.get_path("include"))
-        note = None
         if not (python / "Python.h").is_file():
-            note = f"{python / 'Python.h'} is missing (Debian and Ubuntu: apt-get install python3-dev)"
+            note = f"{python}/Python.h is missing (Debian and Ubuntu: apt-get install python3-dev)"
         else:
+            job = self.fastpath_job(python)
             try:
-                self.compile_fastpath(module, python)
-            except CompileError as error:  # torch's C++ classes change from release to release
+                compile_all([job])
+                return FastpathPlan(job)
+            except JobFailed as failure:  # torch's C++ classes change from release to release
                 if mode == "1":
                     raise
-                print(error, flush=True)
+                print(failure, flush=True)
                 note = f"it does not compile against torch {self.torch.version}"
-        if note is not None:
-            if mode == "1":
-                raise PlatformError(f"fused-elbo: FUSED_ELBO_FASTPATH=1, but {note}")
-            print(f"fused-elbo: no fast path: {note}", flush=True)
-        return note
+        if mode == "1":
+            raise PlatformError(f"fused-elbo: FUSED_ELBO_FASTPATH=1, but {note}")
+        print(
+            f"fused-elbo: no fast path: {note}. FUSED_ELBO_FASTPATH=1 makes this an error.",
+            flush=True,
+        )
+        return FastpathPlan(note=note)
 
-    def compile_fastpath(self, module: Path, python: Path) -> None:
+    def fastpath_job(self, python: Path) -> Job:
         baseline = next(iter(ISA_LEVELS[platform.machine()].values()))
-        include = self.torch.include
-        job = Job(
-            ROOT / "csrc/fastpath/module.cpp",
-            self.objects / f"{module.stem}.o",
-            [
-                *[*self.cxx, "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden"],
-                *["-Wall", "-Wextra", *baseline],
-                *["-isystem", str(include)],
-                *["-isystem", str(include / "torch/csrc/api/include"), "-isystem", str(python)],
-                *shlex.split(os.environ.get("CXXFLAGS", "")),
-            ],
-            f"{version_line(self.cxx)}, {self.torch.version} {self.torch.git_version}",
-        )
-        compile_all([job])
-        self.run_linker(
-            module,
-            [
-                str(job.object),
-                f"-L{self.torch.lib}",
-                *["-ltorch_python", "-ltorch_cpu", "-lc10", "-Wl,-O1"],
-            ],
-        )
+        torch = self.torch.include
+        compiler = [
+            *[*self.cxx, "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            *baseline,
+            *["-isystem", str(torch), "-isystem", str(torch / "torch/csrc/api/include")],
+            *["-isystem", str(python)],
+            *shlex.split(os.environ.get("CXXFLAGS", "")),
+        ]
+        toolchain = f"{version_line(self.cxx)}, torch {self.torch.version} {self.torch.git_version}"
+        object = self.objects / f"fastpath.{sys.implementation.cache_tag}.o"
+        return Job(ROOT / "csrc/fastpath/module.cpp", object, compiler, toolchain)
+
+    def link_fastpath(self, module: Path, plan: FastpathPlan) -> None:
+        module.unlink(missing_ok=True)
+        if plan.job is None:
+            return
+        arguments = [
+            str(plan.job.object),
+            f"-L{self.torch.lib}",
+            *["-ltorch_python", "-ltorch_cpu", "-lc10", "-Wl,-O1"],
+            # The extension beside it, which is loaded by then.
+            *[f"-L{module.parent}", "-l:_C.abi3.so", "-Wl,-rpath,$ORIGIN"],
+        ]
+        self.run_linker(module, arguments)
 
     def write_build_info(self, file: Path, cuda: CudaPlan, fastpath_note: str | None) -> None:
         info = {

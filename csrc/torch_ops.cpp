@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "torch/device.h"
+#include "torch/direct.h"
 #include "torch/elbo.h"
 #include "torch/latent.h"
 #include "torch/likelihood.h"
@@ -88,6 +89,12 @@ STABLE_TORCH_LIBRARY(FUSED_ELBO_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(FUSED_ELBO_NAMESPACE, CPU, m) { fused_elbo::implement<fused_elbo::CudaDevice>(m); }
 #else
 STABLE_TORCH_LIBRARY_IMPL(FUSED_ELBO_NAMESPACE, CPU, m) { fused_elbo::implement<fused_elbo::CpuDevice>(m); }
+
+const fused_elbo::DirectOperations fused_elbo_direct_operations = {
+    fused_elbo::latent_forward<fused_elbo::CpuDevice>,     fused_elbo::latent_gradients<fused_elbo::CpuDevice>,
+    fused_elbo::likelihood_forward<fused_elbo::CpuDevice>, fused_elbo::likelihood_backward<fused_elbo::CpuDevice>,
+    fused_elbo::elbo_forward<fused_elbo::CpuDevice>,
+};
 #if defined(FUSED_ELBO_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(FUSED_ELBO_NAMESPACE, CUDA, m) { fused_elbo::implement<fused_elbo::CudaDevice>(m); }
 #endif

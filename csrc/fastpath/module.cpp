@@ -282,16 +282,11 @@ constexpr PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<checked_latent, 7>("latent"),
-    method<checked_likelihood, 5>("likelihood"),
-    method<checked_elbo, 9>("elbo"),
-    method<reparameterize_kl, 5>("reparameterize_kl"),
-    method<gaussian_kl, 5>("gaussian_kl"),
-    method<log_likelihood, 4>("gaussian_log_likelihood"),
-    method<elbo_loss, 8>("elbo_loss"),
-    method<serve, 2>("serve"),
-    method<set_formulas, 3>("set_formulas"),
-    {nullptr, nullptr, 0, nullptr},
+    method<checked_latent, 7>("latent"),     method<checked_likelihood, 5>("likelihood"),
+    method<checked_elbo, 9>("elbo"),         method<reparameterize_kl, 5>("reparameterize_kl"),
+    method<gaussian_kl, 5>("gaussian_kl"),   method<log_likelihood, 4>("gaussian_log_likelihood"),
+    method<elbo_loss, 8>("elbo_loss"),       method<serve, 2>("serve"),
+    method<set_formulas, 3>("set_formulas"), {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_fastpath", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -10,7 +10,9 @@
 
 namespace fused_elbo::fastpath {
 
-inline Object to_python(const Scale& s) { return own(Py_BuildValue("(Lddd)", s.code, s.floor, s.clamp_min, s.clamp_max)); }
+inline Object to_python(const Scale& s) {
+  return own(Py_BuildValue("(Lddd)", s.code, s.floor, s.clamp_min, s.clamp_max));
+}
 
 inline Object to_python(const LatentParams& p) {
   return own(Py_BuildValue("(LLLLLLdddOL)", p.seed_value, p.stream, p.row_offset, p.num_samples, p.chunk_dim,

@@ -19,9 +19,9 @@ using at::Tensor;
 inline bool nobody_watches() {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing()) return false;
   const auto local = c10::impl::tls_local_dispatch_key_set();
-  constexpr c10::DispatchKeySet kWatching(
-      {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode,
-       c10::DispatchKey::Functionalize, c10::DispatchKey::PreDispatch});
+  constexpr c10::DispatchKeySet kWatching({c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                           c10::DispatchKey::FuncTorchDynamicLayerBackMode,
+                                           c10::DispatchKey::Functionalize, c10::DispatchKey::PreDispatch});
   return !local.included_.has_any(kWatching);
 }
 

@@ -126,12 +126,15 @@ std::tuple<Tensor, Tensor> latent_forward(Tensor mean, OptionalTensor logvar, Op
   return {z, kl};
 }
 
+// The gradients of mean, logvar (absent where mean holds both) and, if wanted, of the prior.
+using LatentGradients = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
-    Tensor mean, OptionalTensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar, OptionalTensor grad_z,
-    OptionalTensor grad_kl, OptionalTensor seed, OptionalTensor mask, int64_t seed_value, int64_t stream,
-    int64_t row_offset, int64_t num_samples, int64_t chunk_dim, int64_t scale, double floor, double clamp_min,
-    double clamp_max, int64_t reduction, bool want_prior) {
+LatentGradients latent_gradients(Tensor mean, OptionalTensor logvar, OptionalTensor prior_mean,
+                                 OptionalTensor prior_logvar, OptionalTensor grad_z, OptionalTensor grad_kl,
+                                 OptionalTensor seed, OptionalTensor mask, int64_t seed_value, int64_t stream,
+                                 int64_t row_offset, int64_t num_samples, int64_t chunk_dim, int64_t scale,
+                                 double floor, double clamp_min, double clamp_max, int64_t reduction, bool want_prior) {
   typename Device::Guard guard(mean);
   const LatentCall call(mean, logvar, seed, mask, seed_value, stream, row_offset, num_samples, chunk_dim,
                         make_scale(scale, floor, clamp_min, clamp_max), reduction);
@@ -143,12 +146,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
   const View grad_kl_view = elementwise ? View(*grad_kl, call.full) : View();
 
   Tensor grad_mean = empty_preserving(mean);
-  Tensor grad_logvar = logvar ? empty_preserving(*logvar) : nothing(mean);
-  Tensor grad_prior_mean = want_prior ? empty_dense(mean, call.full, mean.scalar_type()) : nothing(mean);
-  Tensor grad_prior_logvar = want_prior ? empty_dense(mean, call.full, mean.scalar_type()) : nothing(mean);
-  const Halves out(grad_mean, logvar ? OptionalTensor(grad_logvar) : std::nullopt, chunk_dim, call.full);
-  const View out_prior = want_prior ? View(grad_prior_mean, call.full) : View();
-  const View out_prior_logvar = want_prior ? View(grad_prior_logvar, call.full) : View();
+  OptionalTensor grad_logvar, grad_prior_mean, grad_prior_logvar;
+  if (logvar) grad_logvar = empty_preserving(*logvar);
+  if (want_prior) {
+    grad_prior_mean = empty_dense(mean, call.full, mean.scalar_type());
+    grad_prior_logvar = empty_dense(mean, call.full, mean.scalar_type());
+  }
+  const Halves out(grad_mean, grad_logvar, chunk_dim, call.full);
+  const View out_prior(grad_prior_mean, call.full), out_prior_logvar(grad_prior_logvar, call.full);
 
   const Strides* any = &in.mean.strides;
   const EventLayout layout(call.full, 1,
@@ -157,12 +162,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
                             grad_z ? &grad_z_view.strides : any, elementwise ? &grad_kl_view.strides : any,
                             want_prior ? &out_prior.strides : any, mask ? &call.mask.strides : any});
   if (!layout.fits()) {
-    auto [dm, dl, dpm, dpl] = latent_backward<Device>(
+    auto [dm, dl, dpm, dpl] = latent_gradients<Device>(
         torch::stable::contiguous(mean), contiguous(logvar), contiguous(prior_mean), contiguous(prior_logvar),
         contiguous(grad_z), elementwise ? contiguous(grad_kl) : grad_kl, seed, contiguous(mask), seed_value, stream,
         row_offset, num_samples, chunk_dim, scale, floor, clamp_min, clamp_max, reduction, want_prior);
     dm = with_layout_of(mean, dm);
-    if (logvar) dl = with_layout_of(*logvar, dl);
+    if (logvar) dl = with_layout_of(*logvar, *dl);
     return {dm, dl, dpm, dpl};
   }
 
@@ -185,6 +190,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
   const Workspace scratch(mean, Device::latent_workspace(args, Pass::kBackward));
   Device::latent(args, Pass::kBackward, scratch.data(), Device::context(mean));
   return {grad_mean, grad_logvar, grad_prior_mean, grad_prior_logvar};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(
+    Tensor mean, OptionalTensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar, OptionalTensor grad_z,
+    OptionalTensor grad_kl, OptionalTensor seed, OptionalTensor mask, int64_t seed_value, int64_t stream,
+    int64_t row_offset, int64_t num_samples, int64_t chunk_dim, int64_t scale, double floor, double clamp_min,
+    double clamp_max, int64_t reduction, bool want_prior) {
+  const auto [grad_mean, grad_logvar, grad_prior_mean, grad_prior_logvar] = latent_gradients<Device>(
+      mean, logvar, prior_mean, prior_logvar, grad_z, grad_kl, seed, mask, seed_value, stream, row_offset, num_samples,
+      chunk_dim, scale, floor, clamp_min, clamp_max, reduction, want_prior);
+  const auto present = [&](const OptionalTensor& grad) { return grad ? *grad : nothing(mean); };
+  return {grad_mean, present(grad_logvar), present(grad_prior_mean), present(grad_prior_logvar)};
 }
 
 }  // namespace fused_elbo

@@ -16,6 +16,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from . import _library
 from .parametrization import ScaleParams
 from .schemas import EXTENSION
@@ -27,15 +30,15 @@ def _not_here(*_: object) -> None:
     """Stands for a function of `_fastpath` that is not loaded."""
 
 
-#: The arguments of an operation, checked: as `ops.latent`, `ops.likelihood` and `ops.elbo`.
-latent: Callable[..., Any] = _not_here
-likelihood: Callable[..., Any] = _not_here
-elbo: Callable[..., Any] = _not_here
-#: The arguments of a public function, as they came.
-reparameterize_kl: Callable[..., Any] = _not_here
-gaussian_kl: Callable[..., Any] = _not_here
-gaussian_log_likelihood: Callable[..., Any] = _not_here
-elbo_loss: Callable[..., Any] = _not_here
+#: For the checked arguments of an operation: what `ops.latent`, `ops.likelihood` and `ops.elbo` do.
+latent: Callable[..., tuple[Tensor, Tensor] | None] = _not_here
+likelihood: Callable[..., Tensor | None] = _not_here
+elbo: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _not_here
+#: For the arguments of a public function as they come.
+reparameterize_kl: Callable[..., tuple[Tensor, Tensor] | None] = _not_here
+gaussian_kl: Callable[..., Tensor | None] = _not_here
+gaussian_log_likelihood: Callable[..., Tensor | None] = _not_here
+elbo_loss: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _not_here
 #: (cpu, cuda): for which devices the public functions' calls run the extension.
 serve: Callable[[bool, bool], None] = _not_here
 
@@ -69,8 +72,6 @@ def reason() -> str | None:
         return "the package was not built"
     if info.fastpath is None:
         return info.fastpath_note
-    import torch
-
     # Another build of the same version may lay out its classes differently.
     found = f"{torch.__version__} {torch.version.git_version}"
     if found != info.fastpath:
@@ -92,9 +93,7 @@ def _latent_formula(
     from .calls import LatentParams, latent_backward_plain
     from .registration import kernels
 
-    return latent_backward_plain(
-        kernels(EXTENSION), LatentParams(*params), inputs, grad_z, grad_kl
-    )
+    return latent_backward_plain(kernels(EXTENSION), LatentParams(*params), inputs, grad_z, grad_kl)
 
 
 def _likelihood_formula(
@@ -102,7 +101,8 @@ def _likelihood_formula(
 ) -> tuple[Any, ...]:
     from .calls import LikelihoodParams, likelihood_backward_plain, likelihood_gradients
 
-    grads = likelihood_backward_plain(LikelihoodParams(*params), *inputs, grad)
+    x, mean, logvar, mask = inputs
+    grads = likelihood_backward_plain(LikelihoodParams(*params), x, mean, logvar, mask, grad)
     return likelihood_gradients(*grads, (True, True, True))
 
 
@@ -111,7 +111,6 @@ def _elbo_formula(
 ) -> tuple[Any, ...]:
     from .calls import ELBOInputs, ELBOParams, elbo_backward_plain
 
-    *numbers, scale = params
-    return elbo_backward_plain(
-        ELBOInputs(*inputs), ELBOParams(*numbers, ScaleParams(*scale)), grad_loss
-    )
+    recon_logvar_value, beta_value, reduction, scale = params
+    given = ELBOParams(recon_logvar_value, beta_value, reduction, ScaleParams(*scale))
+    return elbo_backward_plain(ELBOInputs(*inputs), given, grad_loss)

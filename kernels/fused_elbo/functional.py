@@ -80,15 +80,17 @@ def reparameterize_kl(
         kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).flatten(1).sum(1)
     """
     if (
-        not torch.compiler.is_compiling()
-        and key is generator is num_samples is mask is backend is None
+        key is None
+        and generator is None
+        and num_samples is None
+        and mask is None
+        and backend is None
         and param == "logvar"
-        and (
-            done := fastpath.reparameterize_kl(mean, logvar, prior_mean, prior_logvar, reduction)
-        )
-        is not None
+        and not torch.compiler.is_compiling()
     ):
-        return done
+        done = fastpath.reparameterize_kl(mean, logvar, prior_mean, prior_logvar, reduction)
+        if done is not None:
+            return done
     name = "reparameterize_kl"
     return latent_call(
         name,
@@ -128,12 +130,17 @@ def reparameterize(
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
     """
     if (
-        not torch.compiler.is_compiling()
-        and key is generator is num_samples is mask is backend is None
+        key is None
+        and generator is None
+        and num_samples is None
+        and mask is None
+        and backend is None
         and param == "logvar"
-        and (done := fastpath.reparameterize_kl(mean, logvar, None, None, None)) is not None
+        and not torch.compiler.is_compiling()
     ):
-        return done[0]
+        done = fastpath.reparameterize_kl(mean, logvar, None, None, None)
+        if done is not None:
+            return done[0]
     return latent_call(
         "reparameterize",
         mean,
@@ -170,14 +177,10 @@ def gaussian_kl(
 
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
     """
-    if (
-        not torch.compiler.is_compiling()
-        and mask is backend is None
-        and param == "logvar"
-        and (done := fastpath.gaussian_kl(mean, logvar, prior_mean, prior_logvar, reduction))
-        is not None
-    ):
-        return done
+    if mask is None and backend is None and param == "logvar" and not torch.compiler.is_compiling():
+        done = fastpath.gaussian_kl(mean, logvar, prior_mean, prior_logvar, reduction)
+        if done is not None:
+            return done
     name = "gaussian_kl"
     return latent_call(
         name,
@@ -235,13 +238,10 @@ def gaussian_log_likelihood(
 
         ll = torch.distributions.Normal(mean, torch.exp(0.5 * logvar)).log_prob(x).flatten(1).sum(1)
     """
-    if (
-        not torch.compiler.is_compiling()
-        and mask is backend is None
-        and param == "logvar"
-        and (done := fastpath.gaussian_log_likelihood(x, mean, logvar, reduction)) is not None
-    ):
-        return done
+    if mask is None and backend is None and param == "logvar" and not torch.compiler.is_compiling():
+        done = fastpath.gaussian_log_likelihood(x, mean, logvar, reduction)
+        if done is not None:
+            return done
     name = "gaussian_log_likelihood"
     code = _checks.reduction(name, reduction)
     mean = _checks.batched(name, "mean", mean)

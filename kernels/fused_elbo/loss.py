@@ -86,15 +86,14 @@ def elbo_loss(
         loss = (beta * kl - log_likelihood).mean()
     """
     if (
-        not torch.compiler.is_compiling()
-        and mask is backend is None
+        mask is None
+        and backend is None
         and param == recon_param == "logvar"
-        and (
-            done := fastpath.elbo_loss(recon_x, x, mean, logvar, kl, recon_logvar, beta, reduction)
-        )
-        is not None
+        and not torch.compiler.is_compiling()
     ):
-        return ELBOOutput(*done)
+        done = fastpath.elbo_loss(recon_x, x, mean, logvar, kl, recon_logvar, beta, reduction)
+        if done is not None:
+            return ELBOOutput(*done)
     name = "elbo_loss"
     code = _checks.reduction(name, reduction, ("batchmean", "sum", "sample"))
     recon_x = _checks.batched(name, "recon_x", recon_x)

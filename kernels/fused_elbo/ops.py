@@ -90,7 +90,7 @@ def latent(
     if kernels.namespace == EXTENSION:
         done = fastpath.latent(mean, logvar, prior_mean, prior_logvar, seed, mask, params)
         if done is not None:
-            return done  # type: ignore[no-any-return]
+            return done
     if _functorch_active():
         call = Call(kernels, params)
         return LatentTransform.apply(call, mean, logvar, prior_mean, prior_logvar, seed, mask)  # type: ignore[no-any-return]
@@ -160,7 +160,7 @@ def likelihood(
     if kernels.namespace == EXTENSION:
         done = fastpath.likelihood(x, mean, logvar, mask, params)
         if done is not None:
-            return done  # type: ignore[no-any-return]
+            return done
     if _functorch_active():
         return LikelihoodTransform.apply(Call(kernels, params), x, mean, logvar, mask)  # type: ignore[no-any-return]
     if forward_ad._current_level >= 0:
@@ -206,7 +206,7 @@ def elbo(
     if kernels is not None and not torch.compiler.is_compiling() and kernels.namespace == EXTENSION:
         done = fastpath.elbo(*inputs, params)
         if done is not None:
-            return done  # type: ignore[no-any-return]
+            return done
     if kernels is None or _functorch_active() or forward_ad._current_level >= 0:
         # The parts compose: under torch.func each is its own transformable kernel.
         loss, ll, kl = _elbo_from_parts(kernels, inputs, params)

@@ -129,7 +129,10 @@ def test_the_extension_needs_torch_but_no_cuda_library() -> None:
 
 
 def test_the_extension_exports_nothing_that_could_meet_another_library() -> None:
-    assert symbols("--defined-only") == {("T", "fused_elbo_isa_level")}
+    assert symbols("--defined-only") == {
+        ("T", "fused_elbo_isa_level"),
+        ("D", "fused_elbo_direct_operations"),
+    }
 
 
 def test_the_cuda_stream_is_a_weak_reference() -> None:
