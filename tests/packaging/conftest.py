@@ -29,6 +29,9 @@ SOURCES = {
         """,
     "csrc/cuda/kernel.cu": 'void launch(); extern "C" void kernel() { launch(); }\n',
     "csrc/cuda/host.cpp": "void launch() {}\n",
+    "csrc/fastpath/module.cpp": """
+        extern "C" __attribute__((visibility("default"))) void* PyInit__fastpath() { return 0; }
+        """,
     "README.md": "",
     "LICENSE": "",
 }

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from .conftest import make_toolkit
 
@@ -103,6 +106,7 @@ def test_kernels_are_compiled_once_per_isa_level_and_the_rest_once(
     machine = str(build_info(project)["machine"])
     assert compiled(output) == {
         "torch.torch_ops.cpu-only.o",
+        f"fastpath.{sys.implementation.cache_tag}.o",
         "cpu.dispatch.o",
         *(f"cpu.kernels_twice.{level}.o" for level in levels[machine]),
     }
@@ -143,3 +147,62 @@ def test_building_does_not_import_torch(project: Path, without_nvcc: dict[str, s
     )
     subprocess.run([sys.executable, "-c", script], cwd=project, env=without_nvcc, check=True)
     assert list(project.glob("build/lib*/fused_elbo/_C.abi3.so"))
+
+
+def fastpath_module(project: Path) -> list[Path]:
+    return list((project / "kernels/fused_elbo").glob("_fastpath*.so"))
+
+
+def test_the_fast_path_is_built_beside_the_extension_and_recorded(
+    project: Path, build: Build
+) -> None:
+    assert build().returncode == 0
+    (module,) = fastpath_module(project)
+    assert module.name == f"_fastpath{sysconfig.get_config_var('EXT_SUFFIX')}"
+    info = build_info(project)
+    assert info["fastpath"] == f"{torch.__version__} {torch.version.git_version}"
+    assert info["fastpath_note"] is None
+
+
+def test_a_fast_path_that_does_not_compile_costs_nothing_but_speed(
+    project: Path, build: Build
+) -> None:
+    assert build().returncode == 0
+    (project / "csrc/fastpath/module.cpp").write_text("int answer() { return forty_two; }\n")
+    done = build()
+    assert done.returncode == 0
+    assert "forty_two" in done.stdout
+    assert "no fast path: it does not compile against torch" in done.stdout
+    assert fastpath_module(project) == []  # nor an older one
+    info = build_info(project)
+    assert info["fastpath"] is None
+    assert torch.__version__ in str(info["fastpath_note"])
+
+    fatal = build(FUSED_ELBO_FASTPATH="1")
+    assert fatal.returncode != 0
+    assert "forty_two" in fatal.stdout
+    assert "Traceback" not in fatal.stdout
+
+
+def test_the_fast_path_can_be_left_out(project: Path, build: Build) -> None:
+    assert build(FUSED_ELBO_FASTPATH="0").returncode == 0
+    assert fastpath_module(project) == []
+    assert build_info(project)["fastpath_note"] == "FUSED_ELBO_FASTPATH=0 when this was built"
+    wrong = build(FUSED_ELBO_FASTPATH="yes")
+    assert wrong.returncode != 0
+    assert "error: fused-elbo: FUSED_ELBO_FASTPATH must be 0 or 1, got 'yes'" in wrong.stdout
+
+
+def test_without_pythons_headers_there_is_no_fast_path(
+    project: Path, build: Build, tmp_path: Path
+) -> None:
+    (project / "sitecustomize.py").write_text(
+        "import sysconfig\n"
+        "get_path = sysconfig.get_path\n"
+        "sysconfig.get_path = lambda name, *a, **k: '/nowhere' if name == 'include'"
+        " else get_path(name, *a, **k)\n"
+    )
+    done = build(PYTHONPATH=f"{project}:{tmp_path / 'hidden'}")
+    assert done.returncode == 0
+    assert "no fast path: /nowhere/Python.h is missing" in done.stdout
+    assert "python3-dev" in str(build_info(project)["fastpath_note"])

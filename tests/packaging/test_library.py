@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fused_elbo
-from fused_elbo import _library
+from fused_elbo import _library, fastpath
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +139,47 @@ def test_the_cuda_stream_is_a_weak_reference() -> None:
     if not _library.built_with_cuda():
         pytest.skip("this build has no CUDA kernels")
     assert ("w", "aoti_torch_get_current_cuda_stream") in symbols("--undefined-only")
+
+
+def fastpath_reason(monkeypatch: pytest.MonkeyPatch, **changes: object) -> str | None:
+    """What `fastpath.reason` would say had the build recorded something else."""
+    info = _library.build_info()
+    assert info is not None
+    monkeypatch.setattr(_library, "build_info", lambda: replace(info, **changes))  # type: ignore[arg-type]
+    return fastpath.reason.__wrapped__()
+
+
+def test_the_fast_path_is_used_with_the_torch_it_was_compiled_against(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FUSED_ELBO_FASTPATH", raising=False)
+    assert fastpath_reason(monkeypatch) is None
+    older = "2.10.0 449b1768410104d3ed79d3bcfe4ba1d65c7f22c0"
+    reason = fastpath_reason(monkeypatch, fastpath=older)
+    assert reason == (
+        f"compiled against torch {older}, "
+        f"and this is torch {torch.__version__} {torch.version.git_version}"
+    )
+    same_version = f"{torch.__version__} {'0' * 40}"
+    assert same_version in str(fastpath_reason(monkeypatch, fastpath=same_version))
+    why = "it does not compile against torch 2.99"
+    assert fastpath_reason(monkeypatch, fastpath=None, fastpath_note=why) == why
+
+
+def test_the_fast_path_can_be_switched_off_and_results_stay() -> None:
+    ask = (
+        "import torch; from fused_elbo import reparameterize_kl, NoiseKey;"
+        "m = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_();"
+        "z, kl = reparameterize_kl(m, m, key=NoiseKey(1));"
+        "(z.sum() + kl.sum()).backward(); print(z.grad_fn.name(), m.grad.tolist())"
+    )
+    fast = run(ask, FUSED_ELBO_FASTPATH="").split(maxsplit=1)
+    slow = run(ask, FUSED_ELBO_FASTPATH="0").split(maxsplit=1)
+    assert fast[0] == "LatentBackward"
+    assert slow[0] == "_LatentBackward"
+    assert fast[1] == slow[1]
+
+
+def test_a_fast_path_for_another_python_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fused_elbo._fastpath", None)
+    assert "does not load into this Python" in str(fastpath.reason.__wrapped__())
