@@ -75,4 +75,4 @@ tsan: build-test
 	FUSED_ELBO_TSAN=1 $(BIN)/python -m pytest tests/cuda/test_sanitizers.py
 
 clean:
-	rm -rf build dist *.egg-info kernels/fused_elbo/_C.abi3.so kernels/fused_elbo/_build_info.json
+	rm -rf build dist *.egg-info kernels/fused_elbo/*.so kernels/fused_elbo/_build_info.json

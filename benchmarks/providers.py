@@ -111,30 +111,23 @@ def _fused(workload: Workload, backend: str) -> Compute | None:
     )
 
     samples = workload.samples or None
+    # As users call it: the device decides, and only Triton has to be asked for beside CUDA.
+    asked: dict[str, Any] = {"backend": backend} if backend == "triton" else {}
     if workload.kind == "latent":
-
-        def latent(i: Inputs) -> Outputs:
-            return reparameterize_kl(
-                i["mean"],
-                i["logvar"],
-                i.get("prior_mean"),
-                i.get("prior_logvar"),
-                num_samples=samples,
-                backend=backend,
+        if samples:
+            asked["num_samples"] = samples
+        if workload.prior:
+            return lambda i: reparameterize_kl(
+                i["mean"], i["logvar"], i["prior_mean"], i["prior_logvar"], **asked
             )
-
-        return latent
+        return lambda i: reparameterize_kl(i["mean"], i["logvar"], **asked)
     if workload.kind == "moments":
-        return lambda i: DiagonalGaussian.from_moments(i["moments"]).sample_kl(backend=backend)
+        return lambda i: DiagonalGaussian.from_moments(i["moments"]).sample_kl(**asked)
     if workload.kind == "likelihood":
-        return lambda i: (
-            gaussian_log_likelihood(i["x"], i["mean"], i.get("logvar"), backend=backend),
-        )
+        return lambda i: (gaussian_log_likelihood(i["x"], i["mean"], i.get("logvar"), **asked),)
     if workload.kind == "elbo":
         return lambda i: (
-            elbo_loss(
-                i["mean"], i["x"], i["posterior_mean"], i["posterior_logvar"], backend=backend
-            ).loss,
+            elbo_loss(i["mean"], i["x"], i["posterior_mean"], i["posterior_logvar"], **asked).loss,
         )
     return None
 
