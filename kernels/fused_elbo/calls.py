@@ -1,9 +1,8 @@
-"""The arguments of a call, and what it computes in plain PyTorch.
+"""The arguments of sampling, KL and likelihood, and what these compute in plain PyTorch.
 
 A call is made of tensors and of parameters that are none. Each has a plain form, `reference` behind
-the signature of the
-raw operation: the `reference` backend runs it, and double backward and forward mode differentiate
-    it.
+the signature of the raw operation: the `reference` backend runs it, and double backward and forward
+mode differentiate it. `elbo_call` has the same for the ELBO.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class LatentParams(NamedTuple):
 
     @property
     def parametrization(self) -> ScaleParams:
-        return ScaleParams(*self[5:9])
+        return ScaleParams(self.scale, self.floor, self.clamp_min, self.clamp_max)
 
 
 #: Those of the commonest call; after seed_value they are the defaults of the schemas.
@@ -216,11 +215,13 @@ class LikelihoodParams(NamedTuple):
 
     @property
     def parametrization(self) -> ScaleParams:
-        return ScaleParams(*self[3:])
+        return ScaleParams(self.scale, self.floor, self.clamp_min, self.clamp_max)
 
     def raw(self) -> tuple[Any, ...]:
         """As the raw operations take them: what they have as defaults costs nothing left out."""
-        return self[:3] if self[3:] == PLAIN_SCALE else self
+        if self.parametrization != PLAIN_SCALE:
+            return self
+        return self.logvar_value, self.batch_dims, self.reduction
 
 
 def likelihood_plain(
@@ -288,137 +289,3 @@ def likelihood_backward_plain(
         mask,
     )
     return grad_mean, mean.new_empty(0) if logvar is None else grad_logvar
-
-
-# ELBO
-
-
-class ELBOInputs(NamedTuple):
-    """The tensors of `elbo_forward` in its order, the number after ``recon_logvar`` and ``beta``
-    left out."""
-
-    recon_x: Tensor
-    x: Tensor
-    recon_logvar: Tensor | None
-    mean: Tensor | None
-    logvar: Tensor | None
-    kl: Tensor | None
-    beta: Tensor | None
-    mask: Tensor | None = None
-
-
-class ELBOParams(NamedTuple):
-    """What of `elbo_forward` is no tensor; the scale is the decoder's."""
-
-    recon_logvar_value: float
-    beta_value: float
-    reduction: int
-    scale: ScaleParams = PLAIN_SCALE
-
-
-def elbo_arguments(inputs: ELBOInputs, params: ELBOParams, want_grads: bool) -> tuple[Any, ...]:
-    recon_x, x, recon_logvar, mean, logvar, kl, beta, mask = inputs
-    masked_or_scaled = mask is not None or params.scale != PLAIN_SCALE
-    return (
-        recon_x,
-        x,
-        recon_logvar,
-        params.recon_logvar_value,
-        mean,
-        logvar,
-        kl,
-        beta,
-        params.beta_value,
-        params.reduction,
-        want_grads,
-        *((mask, *params.scale) if masked_or_scaled else ()),
-    )
-
-
-def elbo_backward_scaled(
-    inputs: ELBOInputs,
-    params: ELBOParams,
-    saved: tuple[Tensor, ...],
-    grad_loss: Tensor,
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the forward pass, times the upstream gradient."""
-
-    def scale(grad: Tensor, want: bool) -> Tensor | None:
-        if not want:
-            return None
-        if grad_loss.dim() == 0:
-            return grad * grad_loss
-        if grad.dim() == 0 or grad.shape[0] != grad_loss.shape[0]:
-            raise AssertionError(
-                "a gradient summed over the batch has no per-sample upstream gradient"
-            )
-        return grad * grad_loss.view(-1, *(1,) * (grad.dim() - 1)).to(grad.dtype)
-
-    recon_logvar_summed = inputs.recon_logvar is not None and needed[2] and grad_loss.dim() == 1
-    if recon_logvar_summed:
-        # Summing over the batch came before scaling: redo this one gradient with the upstream
-        # gradient known.
-        _, _, recon_logvar, *_ = elbo_backward_plain(inputs, params, grad_loss)
-    elif _is_one(grad_loss):
-        scale = lambda grad, want: grad if want else None  # noqa: E731
-    grad_recon = scale(saved[0], needed[0] or needed[1])
-    return (
-        grad_recon if needed[0] else None,
-        -grad_recon if needed[1] and grad_recon is not None else None,
-        recon_logvar if recon_logvar_summed else scale(saved[1], needed[2]),
-        scale(saved[2], needed[3]),
-        scale(saved[3], needed[4]),
-        _elbo_kl_gradient(inputs, params, grad_loss) if needed[5] else None,
-    )
-
-
-def _is_one(grad_loss: Tensor) -> bool:
-    """Whether scaling can be left out: where reading the number is free and no one keeps the
-    graph."""
-    return (
-        type(grad_loss) is Tensor
-        and grad_loss.dim() == 0
-        and grad_loss.device.type == "cpu"
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and grad_loss.item() == 1.0
-    )
-
-
-def _elbo_kl_gradient(inputs: ELBOInputs, params: ELBOParams, grad_loss: Tensor) -> Tensor:
-    batch = inputs.recon_x.shape[:1]
-    beta = params.beta_value if inputs.beta is None else inputs.beta
-    return beta * reference.spread(grad_loss, batch, REDUCTION_NAMES[params.reduction])
-
-
-def elbo_backward_plain(
-    inputs: ELBOInputs, params: ELBOParams, grad_loss: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the loss in differentiable PyTorch."""
-    recon_x, x, recon_logvar, mean, logvar, kl, _, mask = inputs
-    batch = recon_x.shape[:1]
-    grad_ll = -reference.spread(grad_loss, batch, REDUCTION_NAMES[params.reduction])
-    grad_recon, grad_recon_logvar = reference.log_likelihood_backward(
-        x,
-        recon_x,
-        params.recon_logvar_value if recon_logvar is None else recon_logvar,
-        1,
-        "sample",
-        grad_ll,
-        params.scale,
-        mask,
-    )
-    grad_kl = _elbo_kl_gradient(inputs, params, grad_loss)
-    grad_mean = grad_logvar = None
-    if mean is not None and logvar is not None:
-        grad_mean, grad_logvar, _, _ = reference.sample_and_kl_backward(
-            mean, logvar, None, None, None, PLAIN_SCALE, "sample", None, grad_kl
-        )
-    return (
-        grad_recon,
-        -grad_recon,
-        grad_recon_logvar,
-        grad_mean,
-        grad_logvar,
-        grad_kl if kl is not None else None,
-    )

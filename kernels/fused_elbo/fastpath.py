@@ -109,7 +109,7 @@ def _likelihood_formula(
 def _elbo_formula(
     inputs: tuple[Any, ...], params: tuple[Any, ...], grad_loss: Any
 ) -> tuple[Any, ...]:
-    from .calls import ELBOInputs, ELBOParams, elbo_backward_plain
+    from .elbo_call import ELBOInputs, ELBOParams, elbo_backward_plain
 
     recon_logvar_value, beta_value, reduction, scale = params
     given = ELBOParams(recon_logvar_value, beta_value, reduction, ScaleParams(*scale))

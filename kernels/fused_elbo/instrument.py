@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import calls, capture, ops, reference, tracing
-from .calls import ELBOInputs, ELBOParams, Kernels, LatentParams, LikelihoodParams
+from . import calls, capture, elbo_call, ops, reference, tracing
+from .calls import Kernels, LatentParams, LikelihoodParams
+from .elbo_call import ELBOInputs, ELBOParams
 from .noise import NoiseKey
 from .parametrization import PLAIN_SCALE, ScaleParams
 from .schemas import OFF, SAMPLE, SCHEMAS
@@ -96,9 +97,9 @@ def _ranged_elbo_backward(namespace: str) -> Callable[..., Any]:
     def elbo_backward(inputs: ELBOInputs, *args: Any) -> Any:
         message = _message("elbo_backward", _backend(namespace, inputs.recon_x), inputs.recon_x, 0)
         if not tracing.is_enabled():
-            return calls.elbo_backward_scaled(inputs, *args)
+            return elbo_call.elbo_backward_scaled(inputs, *args)
         with tracing.Range(message, inputs.recon_x.numel()):
-            return calls.elbo_backward_scaled(inputs, *args)
+            return elbo_call.elbo_backward_scaled(inputs, *args)
 
     return elbo_backward
 
@@ -204,7 +205,9 @@ def _elbo_forward(
     empty = recon_x.new_empty(0)
     grads: tuple[Tensor | None, ...] = (None,) * 4
     if want_grads:
-        grad_recon, _, *others, _ = calls.elbo_backward_plain(inputs, params, torch.ones_like(loss))
+        grad_recon, _, *others, _ = elbo_call.elbo_backward_plain(
+            inputs, params, torch.ones_like(loss)
+        )
         grads = (grad_recon, *others)
     # An operation may not return its input, here a given kl.
     return loss, ll, kl_out.clone(), *(empty.clone() if g is None else g for g in grads)

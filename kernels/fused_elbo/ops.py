@@ -27,15 +27,10 @@ from . import fastpath, reference
 from .calls import (
     COMMON_PARAMS,
     REDUCTION_NAMES,
-    ELBOInputs,
-    ELBOParams,
     Kernels,
     LatentParams,
     LikelihoodParams,
     TracedKernels,
-    elbo_arguments,
-    elbo_backward_plain,
-    elbo_backward_scaled,
     latent_backward_plain,
     latent_backward_raw,
     latent_forward_raw,
@@ -45,6 +40,13 @@ from .calls import (
     likelihood_gradients,
     likelihood_plain,
     present,
+)
+from .elbo_call import (
+    ELBOInputs,
+    ELBOParams,
+    elbo_arguments,
+    elbo_backward_plain,
+    elbo_backward_scaled,
 )
 from .registration import kernels
 from .schemas import BATCHMEAN, EXTENSION, SAMPLE, SCHEMAS, SUM

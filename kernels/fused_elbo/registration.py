@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from .calls import (
-    ELBOInputs,
-    ELBOParams,
     Kernels,
     LatentParams,
     LikelihoodParams,
-    elbo_backward_scaled,
     latent_backward_raw,
     likelihood_backward_raw,
     present,
 )
+from .elbo_call import ELBOInputs, ELBOParams, elbo_backward_scaled
 from .parametrization import ScaleParams
 from .schemas import FAKES, SCHEMAS
 
