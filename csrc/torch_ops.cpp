@@ -13,12 +13,6 @@
 #include "torch/latent.h"
 #include "torch/likelihood.h"
 
-#if defined(FUSED_ELBO_EMULATED)
-#define FUSED_ELBO_NAMESPACE fused_elbo_emulated
-#else
-#define FUSED_ELBO_NAMESPACE fused_elbo
-#endif
-
 namespace fused_elbo {
 
 template <class Device>
@@ -62,8 +56,15 @@ void implement(Library& m) {
 #define FUSED_ELBO_LIKELIHOOD_PARAMS \
   "Tensor? mask=None, float logvar_value=0.0, int batch_dims=1, int reduction=1, " FUSED_ELBO_SCALE
 
+// torch 2.10 takes the namespace as it is written, and expands no macro in it.
+#if defined(FUSED_ELBO_EMULATED)
+#define FUSED_ELBO_LIBRARY(m) STABLE_TORCH_LIBRARY(fused_elbo_emulated, m)
+#else
+#define FUSED_ELBO_LIBRARY(m) STABLE_TORCH_LIBRARY(fused_elbo, m)
+#endif
+
 // The same as SCHEMAS in kernels/fused_elbo/schemas.py, which says what the arguments mean.
-STABLE_TORCH_LIBRARY(FUSED_ELBO_NAMESPACE, m) {
+FUSED_ELBO_LIBRARY(m) {
   m.def("latent_forward(" FUSED_ELBO_LATENT_INPUTS ", Tensor? seed, " FUSED_ELBO_LATENT_PARAMS
         ", bool want_z=True, int reduction=1) -> (Tensor z, Tensor kl)");
   m.def("latent_backward(" FUSED_ELBO_LATENT_INPUTS
@@ -86,9 +87,9 @@ STABLE_TORCH_LIBRARY(FUSED_ELBO_NAMESPACE, m) {
 }
 
 #if defined(FUSED_ELBO_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(FUSED_ELBO_NAMESPACE, CPU, m) { fused_elbo::implement<fused_elbo::CudaDevice>(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_elbo_emulated, CPU, m) { fused_elbo::implement<fused_elbo::CudaDevice>(m); }
 #else
-STABLE_TORCH_LIBRARY_IMPL(FUSED_ELBO_NAMESPACE, CPU, m) { fused_elbo::implement<fused_elbo::CpuDevice>(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_elbo, CPU, m) { fused_elbo::implement<fused_elbo::CpuDevice>(m); }
 
 const fused_elbo::DirectOperations fused_elbo_direct_operations = {
     fused_elbo::latent_forward<fused_elbo::CpuDevice>,     fused_elbo::latent_gradients<fused_elbo::CpuDevice>,
@@ -96,6 +97,6 @@ const fused_elbo::DirectOperations fused_elbo_direct_operations = {
     fused_elbo::elbo_forward<fused_elbo::CpuDevice>,
 };
 #if defined(FUSED_ELBO_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(FUSED_ELBO_NAMESPACE, CUDA, m) { fused_elbo::implement<fused_elbo::CudaDevice>(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_elbo, CUDA, m) { fused_elbo::implement<fused_elbo::CudaDevice>(m); }
 #endif
 #endif

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "args.h"
 
@@ -53,7 +54,7 @@ struct CudaDevice {
   static Context context(const Tensor& t) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fused_elbo: this torch is built without CUDA");
     Context context;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &context.stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &context.stream));
     return context;
   }
 #endif
