@@ -23,6 +23,7 @@ from .schemas import OFF, halves
 __all__ = ["DiagonalGaussian"]
 
 _DEFAULT_CLAMP = (-30.0, 20.0)
+_CLAMPED_LOGVAR = Parametrization(clamp=_DEFAULT_CLAMP)
 
 
 class DiagonalGaussian:
@@ -94,19 +95,9 @@ class DiagonalGaussian:
                 f"{name}: moments must have an even size in dimension {dim}, "
                 f"got {tuple(moments.shape)}"
             )
-        if clamp is not None and not clamp[0] <= clamp[1]:
-            raise ValueError(f"{name}: clamp must be (low, high) with low <= high, got {clamp!r}")
-        given = parametrization(name, "param", param)
-        if param == "logvar":
-            given = Parametrization(clamp=clamp)
-        elif clamp is not None and clamp is not _DEFAULT_CLAMP:
-            raise ValueError(
-                f"{name}: give the clamp of {given.name} in "
-                f'param=Parametrization("{given.name}", clamp=...), not as clamp={clamp!r}'
-            )
         self = cls.__new__(cls)
         self._source, self._logvar, self._chunk_dim = moments, None, dim
-        self._param = given
+        self._param = _moments_param(name, clamp, param)
         return self
 
     @property
@@ -241,3 +232,22 @@ class DiagonalGaussian:
             seed_value, stream, row_offset, samples, chunk_dim, *scale, want_z, reduction
         )
         return ops.latent(kernels, source, logvar, prior_mean, prior_logvar, seed, params, mask)
+
+
+def _moments_param(
+    function: str, clamp: tuple[float, float] | None, param: str | Parametrization
+) -> Parametrization:
+    """What the second half of moments holds, from both arguments that say so, checked."""
+    if param == "logvar" and clamp == _DEFAULT_CLAMP:  # what nearly every call means
+        return _CLAMPED_LOGVAR
+    if clamp is not None and not clamp[0] <= clamp[1]:
+        raise ValueError(f"{function}: clamp must be (low, high) with low <= high, got {clamp!r}")
+    given = parametrization(function, "param", param)
+    if param == "logvar":
+        return Parametrization(clamp=clamp)
+    if clamp is not None and clamp != _DEFAULT_CLAMP:
+        raise ValueError(
+            f"{function}: give the clamp of {given.name} in "
+            f'param=Parametrization("{given.name}", clamp=...), not as clamp={clamp!r}'
+        )
+    return given

@@ -103,6 +103,15 @@ def test_each_generator_of_a_list_seeds_one_row():
             Posterior(parameters).sample(5)
 
 
+def test_a_generator_on_the_cpu_serves_another_device():
+    generator = torch.Generator()
+    before = generator.get_state()
+    with fused_diffusers.applied():
+        z = Posterior(moments().detach().to("meta")).sample(generator)
+    assert z.device.type == "meta" and z.shape == (3, 4, 5, 6)
+    assert not torch.equal(generator.get_state(), before)  # its seed was drawn where it lives
+
+
 def test_fused_samples_are_normal_with_the_mean_and_deviation_of_the_posterior():
     parameters = moments(64, 8, 16, 16)
     with fused_diffusers.applied():

@@ -45,6 +45,9 @@ def functions(device):
         "from_moments": lambda a, b, c, d: DiagonalGaussian.from_moments(a, dim=2).sample_kl(
             key=KEY
         ),
+        "from_moments of logstd": lambda a, b, c, d: DiagonalGaussian.from_moments(
+            a, dim=2, param="logstd"
+        ).sample_kl(key=KEY),
         "kl of moments": lambda a, b, c, d: (
             DiagonalGaussian.from_moments(a, 2).kl(DiagonalGaussian.from_moments(b, 2)),
         ),

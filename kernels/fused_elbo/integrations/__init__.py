@@ -16,5 +16,6 @@ another library it has `apply`, `undo` and the context manager `applied`:
 `vdvae`               the log-std functions of VDVAE
 `torch_functional`    `torch.nn.functional.gaussian_nll_loss`
 `vits`                the masked `kl_loss` of VITS
+`pytest_plugin`       one of them applied to the tests of another project
 ====================  =============================================================
 """

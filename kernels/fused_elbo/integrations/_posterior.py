@@ -228,34 +228,37 @@ def _sample(self: Any, generator: Any) -> Tensor:
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
         generator = generator[0]
     if not isinstance(generator, (list, tuple)):
-        gaussian, key = _gaussian(self), _key(generator, parameters)
+        key, generator = _noise(generator, parameters)
+        gaussian = _gaussian(self)
         if not (torch.is_grad_enabled() and parameters.requires_grad):
-            return gaussian.rsample(key=key)
+            return gaussian.rsample(key=key, generator=generator)
         # In training the KL is asked for next: from the same pass, and with one backward for both.
-        z, self._fused_elbo_kl = gaussian.sample_kl(key=key)
+        z, self._fused_elbo_kl = gaussian.sample_kl(key=key, generator=generator)
         return z
     if len(generator) != parameters.shape[0]:
         raise ValueError(
             f"DiagonalGaussianDistribution.sample: generator must be one, or a list of one for "
             f"each of the {parameters.shape[0]} rows, got a list of {len(generator)}"
         )
-    rows = [
-        DiagonalGaussian.from_moments(row).rsample(key=_key(of_row, row))
-        for row, of_row in zip(parameters.split(1), generator)
-    ]
+    rows = []
+    for row, of_row in zip(parameters.split(1), generator):
+        key, of_row = _noise(of_row, row)
+        rows.append(DiagonalGaussian.from_moments(row).rsample(key=key, generator=of_row))
     return torch.cat(rows)
 
 
-def _key(generator: Any, like: Tensor) -> NoiseKey | None:
-    """A seed drawn from the generator, where that lives; None: from torch's own."""
+def _noise(generator: Any, like: Tensor) -> tuple[NoiseKey | None, torch.Generator | None]:
+    """A generator as arguments ``key, generator``; one of another device as a seed drawn there."""
     if generator is None:
-        return None
+        return None, None
     if not isinstance(generator, torch.Generator):
         raise TypeError(
             "DiagonalGaussianDistribution.sample: generator must be a torch.Generator, a list of "
             f"them or None, got {type(generator).__name__}"
         )
-    return NoiseKey(ops.draw_seed(generator.device, generator).to(like.device))
+    if generator.device == like.device:
+        return None, generator
+    return NoiseKey(ops.draw_seed(generator.device, generator).to(like.device)), None
 
 
 def _nll(gaussian: DiagonalGaussian, sample: Tensor, dims: Sequence[int] | None) -> Tensor:

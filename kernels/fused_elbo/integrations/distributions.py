@@ -4,9 +4,10 @@
 
     distributions.apply()
 
-registers KL(Normal || Normal) and KL(Independent || Independent) with `torch.distributions`, whose
-`kl_divergence` every library uses that is built on it (Pyro, scvi-tools). `FusedNormal` is a
-`Normal` whose ``rsample``, ``sample`` and ``log_prob`` are kernels; it needs no `apply`.
+registers KL(Normal || Normal) with `torch.distributions`, whose `kl_divergence` every library uses
+that is built on it (Pyro, scvi-tools). The KL of `Independent` Normals is torch's sum of that one.
+`FusedNormal` is a `Normal` whose ``rsample``, ``sample`` and ``log_prob`` are kernels; it needs no
+`apply`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Normal
 from torch.distributions import kl as _torch_kl
 
 from .._checks import FLOATING
@@ -75,7 +76,7 @@ class FusedNormal(Normal):
 
 
 def apply() -> None:
-    """Register the KLs with torch.distributions, for the whole process, until `undo`.
+    """Register the KL with torch.distributions, for the whole process, until `undo`.
 
     Raises:
         RuntimeError: a torch whose registry is another.
@@ -84,7 +85,7 @@ def apply() -> None:
 
 
 def undo() -> None:
-    """Put back the KLs that were registered before, unless others have been since."""
+    """Put back the KL that was registered before, unless another has been since."""
     _patch.undo()
 
 
@@ -95,69 +96,31 @@ def applied() -> AbstractContextManager[None]:
 
 def _replacements() -> list[Replacement]:
     registry, memory = _torch_kl._KL_REGISTRY, _torch_kl._KL_MEMOIZE
-    pairs = (Normal, Normal), (Independent, Independent)
-    for pair in pairs:
-        refuse_other_parameters(
-            "distributions", f"the KL of {pair[0].__name__}", registry.get(pair), ("p", "q")
-        )
-    normal_rule = _normal_rule(registry[pairs[0]])
-    rules = normal_rule, _independent_rule(registry[pairs[1]], normal_rule)
-    return [
-        Replacement(Item(registry, pair, memory.clear), rule) for pair, rule in zip(pairs, rules)
-    ]
+    upstream: Any = registry.get((Normal, Normal))
+    refuse_other_parameters("distributions", "the KL of Normal", upstream, ("p", "q"))
+    place = Item(registry, (Normal, Normal), memory.clear)
+    return [Replacement(place, _kl_rule(upstream))]
 
 
 _patch: Patch[None] = Patch(_replacements, None)
 
 
-def _normal_rule(upstream: Rule) -> Rule:
+def _kl_rule(upstream: Rule) -> Rule:
     def kl_normal_normal(p: Normal, q: Normal) -> Tensor:
         if not _supported(p) or not _supported(q):
             return upstream(p, q)
         shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-        return _kl(p, q, shape, "none").reshape(shape)
+        posterior_and_prior = [
+            _rows(t.expand(shape)) for t in (p.loc, p.scale.log(), q.loc, q.scale.log())
+        ]
+        kl = gaussian_kl(*posterior_and_prior, param="logstd", reduction="none")
+        return kl.reshape(shape)
 
     return kl_normal_normal
 
 
-def _independent_rule(upstream: Rule, normal_rule: Rule) -> Rule:
-    def kl_independent_independent(p: Independent[Any], q: Independent[Any]) -> Tensor:
-        event_dims = p.reinterpreted_batch_ndims
-        if (
-            event_dims != q.reinterpreted_batch_ndims
-            or event_dims == 0
-            or _rule(p.base_dist, q.base_dist) is not normal_rule
-            or not _supported(p.base_dist)
-            or not _supported(q.base_dist)
-        ):
-            return upstream(p, q)
-        shape = torch.broadcast_shapes(p.base_dist.batch_shape, q.base_dist.batch_shape)
-        batch = shape[: len(shape) - event_dims]
-        rows = (math.prod(batch), *shape[len(shape) - event_dims :])
-        return _kl(p.base_dist, q.base_dist, shape, "sample", rows).reshape(batch)
-
-    return kl_independent_independent
-
-
-def _kl(
-    p: Normal, q: Normal, shape: torch.Size, reduction: str, rows: tuple[int, ...] | None = None
-) -> Tensor:
-    parameters = (p.loc, p.scale.log(), q.loc, q.scale.log())
-    wide = [t.expand(shape) for t in parameters]
-    posterior_and_prior = [_rows(t) if rows is None else t.reshape(rows) for t in wide]
-    return gaussian_kl(*posterior_and_prior, param="logstd", reduction=reduction)
-
-
 def _rows(t: Tensor) -> Tensor:
     return t if t.dim() else t.reshape(1)
-
-
-def _rule(p: Any, q: Any) -> object:
-    """The KL that torch would choose: a subclass of Normal may have registered its own."""
-    memory, pair = _torch_kl._KL_MEMOIZE, (type(p), type(q))
-    if pair not in memory:
-        memory[pair] = _torch_kl._dispatch_kl(*pair)
-    return memory[pair]
 
 
 def _supported(normal: Normal) -> bool:

@@ -4,10 +4,9 @@
 
     fused_pyro.apply()
 
-registers KL(Normal || Normal) and its Independent form (``.to_event(n)``), which
-`TraceMeanField_ELBO` then uses. `FusedNormal` is `pyro.distributions.Normal` with samples and
-densities that are kernels, for ``pyro.sample("z", FusedNormal(loc, scale).to_event(1))``; it needs
-no `apply`.
+registers KL(Normal || Normal), which `TraceMeanField_ELBO` then uses, also for ``.to_event(n)``.
+`FusedNormal` is `pyro.distributions.Normal` with samples and densities that are kernels, for
+``pyro.sample("z", FusedNormal(loc, scale).to_event(1))``; it needs no `apply`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class FusedNormal(distributions.FusedNormal, _TorchDistributionMixin):  # type: 
 
 
 def apply() -> None:
-    """Register the KLs, for the whole process, until `undo`. Pyro's own remain for all other
+    """Register the KL, for the whole process, until `undo`. Pyro's own remain for all other
     distributions.
 
     Raises:
@@ -41,7 +40,7 @@ def apply() -> None:
 
 
 def undo() -> None:
-    """Put back the KLs that were registered before, unless others have been since."""
+    """Put back the KL that was registered before, unless another has been since."""
     distributions.undo()
 
 
