@@ -156,6 +156,13 @@ PyObject* checked_elbo(PyObject* const* arguments) {
 
 // ------------------------------------------- unchecked calls: the public functions with the arguments most often given
 
+// From torch's generator of the device, by the one documented draw.
+Tensor draw_seed(const Tensor& like) {
+  Tensor seed = at::empty({}, like.options().dtype(at::kLong));
+  seed.random_();
+  return seed;
+}
+
 // mean, logvar, prior_mean and prior_logvar, the prior's both or neither: tensors that need no broadcasting.
 bool take_gaussians(PyObject* const* arguments, LatentTensors& inputs) {
   const auto& [mean, logvar, prior_mean, prior_logvar, seed, mask] = inputs;
@@ -178,8 +185,7 @@ PyObject* reparameterize_kl(PyObject* const* arguments) {
     return pass();
   }
   if (!take_gaussians(arguments, inputs) || !nobody_watches()) return pass();
-  inputs[4] = at::empty({}, inputs[0].options().dtype(at::kLong));
-  inputs[4].random_();
+  inputs[4] = draw_seed(inputs[0]);
   const auto [z, kl] = latent(inputs, params);
   return pair(z, kl);
 }
@@ -193,6 +199,30 @@ PyObject* gaussian_kl(PyObject* const* arguments) {
     return pass();
   }
   return wrap(std::get<1>(latent(inputs, params)));
+}
+
+// posterior(mean, logvar, chunk_dim, clamp_min, clamp_max, want_z, reduction) -> (z, kl) of a DiagonalGaussian with
+// N(0, I): mean holds both where there is no logvar. Shapes were checked when it was made.
+PyObject* posterior(PyObject* const* arguments) {
+  LatentTensors inputs;
+  LatentParams params;
+  const auto& [mean, logvar, prior_mean, prior_logvar, seed, mask] = inputs;
+  params.want_z = arguments[5] == Py_True;
+  if (arguments[6] == Py_None) {
+    params.reduction = kOff;
+  } else if (!take_reduction(arguments[6], params.reduction)) {
+    return pass();
+  }
+  if (!take(arguments[0], inputs[0]) || !take_optional(arguments[1], inputs[1]) || !is_batched(mean) ||
+      (logvar.defined() && !are_alike(mean, logvar)) || !is_served(mean) || !nobody_watches()) {
+    return pass();
+  }
+  params.chunk_dim = integer(arguments[2]);
+  params.scale.clamp_min = number(arguments[3]);
+  params.scale.clamp_max = number(arguments[4]);
+  if (params.want_z) inputs[4] = draw_seed(mean);
+  const auto [z, kl] = latent(inputs, params);
+  return pair(z, kl);
 }
 
 // A decoder's variance as a number or a tensor that needs no conversion.
@@ -282,11 +312,17 @@ constexpr PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<checked_latent, 7>("latent"),     method<checked_likelihood, 5>("likelihood"),
-    method<checked_elbo, 9>("elbo"),         method<reparameterize_kl, 5>("reparameterize_kl"),
-    method<gaussian_kl, 5>("gaussian_kl"),   method<log_likelihood, 4>("gaussian_log_likelihood"),
-    method<elbo_loss, 8>("elbo_loss"),       method<serve, 2>("serve"),
-    method<set_formulas, 3>("set_formulas"), {nullptr, nullptr, 0, nullptr},
+    method<checked_latent, 7>("latent"),
+    method<checked_likelihood, 5>("likelihood"),
+    method<checked_elbo, 9>("elbo"),
+    method<reparameterize_kl, 5>("reparameterize_kl"),
+    method<gaussian_kl, 5>("gaussian_kl"),
+    method<posterior, 7>("posterior"),
+    method<log_likelihood, 4>("gaussian_log_likelihood"),
+    method<elbo_loss, 8>("elbo_loss"),
+    method<serve, 2>("serve"),
+    method<set_formulas, 3>("set_formulas"),
+    {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_fastpath", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

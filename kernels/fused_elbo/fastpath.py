@@ -37,6 +37,7 @@ elbo: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _not_here
 #: For the arguments of a public function as they come.
 reparameterize_kl: Callable[..., tuple[Tensor, Tensor] | None] = _not_here
 gaussian_kl: Callable[..., Tensor | None] = _not_here
+posterior: Callable[..., tuple[Tensor, Tensor] | None] = _not_here
 gaussian_log_likelihood: Callable[..., Tensor | None] = _not_here
 elbo_loss: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _not_here
 #: (cpu, cuda): for which devices the public functions' calls run the extension.
@@ -48,6 +49,7 @@ _FUNCTIONS = (
     "elbo",
     "reparameterize_kl",
     "gaussian_kl",
+    "posterior",
     "gaussian_log_likelihood",
     "elbo_loss",
     "serve",

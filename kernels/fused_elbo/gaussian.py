@@ -3,10 +3,12 @@ them."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from . import _checks, backends, ops
+from . import _checks, backends, fastpath, ops
 from .arguments import broadcast_prior, resolve_noise
 from .functional import gaussian_log_likelihood
 from .noise import NoiseKey
@@ -23,6 +25,7 @@ from .schemas import OFF, halves
 __all__ = ["DiagonalGaussian"]
 
 _DEFAULT_CLAMP = (-30.0, 20.0)
+_UNBOUNDED = (-math.inf, math.inf)
 _CLAMPED_LOGVAR = Parametrization(clamp=_DEFAULT_CLAMP)
 
 
@@ -135,6 +138,15 @@ class DiagonalGaussian:
     ) -> Tensor:
         """A reparameterized sample, ``[B, *event]`` or ``[K, B, *event]``; arguments as in
         `reparameterize`."""
+        if (
+            num_samples is None
+            and key is None
+            and generator is None
+            and mask is None
+            and backend is None
+            and (done := self._fast(True, None)) is not None
+        ):
+            return done[0]
         name = "DiagonalGaussian.rsample"
         return self._run(name, None, num_samples, key, generator, True, OFF, backend, mask)[0]
 
@@ -149,6 +161,15 @@ class DiagonalGaussian:
         backend: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(z, kl)`` against N(0, I) in one pass; arguments as in `reparameterize_kl`."""
+        if (
+            num_samples is None
+            and key is None
+            and generator is None
+            and mask is None
+            and backend is None
+            and (done := self._fast(True, reduction)) is not None
+        ):
+            return done
         name = "DiagonalGaussian.sample_kl"
         code = _checks.reduction(name, reduction)
         return self._run(name, None, num_samples, key, generator, True, code, backend, mask)
@@ -163,6 +184,13 @@ class DiagonalGaussian:
     ) -> Tensor:
         """KL(self || other) in nats, ``[B]``; other=None is N(0, I). Reductions as in
         `gaussian_kl`."""
+        if (
+            other is None
+            and mask is None
+            and backend is None
+            and (done := self._fast(False, reduction)) is not None
+        ):
+            return done[1]
         name = "DiagonalGaussian.kl"
         if other is not None and not isinstance(other, DiagonalGaussian):
             raise TypeError(
@@ -190,6 +218,16 @@ class DiagonalGaussian:
         mean = self.mean
         shape, dtype, device = tuple(mean.shape), mean.dtype, mean.device
         return f"DiagonalGaussian(shape={shape}, dtype={dtype}, device='{device}')"
+
+    def _fast(self, want_z: bool, reduction: str | None) -> tuple[Tensor, Tensor] | None:
+        """z and KL to N(0, I) by the fast path; None where this posterior or call is not for it."""
+        name, floor, clamp, soft = self._param
+        if name != "logvar" or floor or soft or torch.compiler.is_compiling():
+            return None
+        low, high = _UNBOUNDED if clamp is None else clamp
+        return fastpath.posterior(
+            self._source, self._logvar, self._chunk_dim, low, high, want_z, reduction
+        )
 
     def _run(
         self,

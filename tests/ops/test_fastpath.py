@@ -68,6 +68,13 @@ CALLS: dict[str, Callable[[list[Tensor]], object]] = {
     "logstd, prior": lambda t: reparameterize_kl(*t[:4], param="logstd"),
     "mask": lambda t: reparameterize_kl(t[0], t[1], mask=t[2].detach() > 0),
     "moments": lambda t: DiagonalGaussian.from_moments(torch.cat(t[:2], 1)).sample_kl(),
+    "moments, KL": lambda t: DiagonalGaussian.from_moments(torch.cat(t[:2], 1)).kl(),
+    "moments, z": lambda t: DiagonalGaussian.from_moments(torch.cat(t[:2], 2), 2, None).rsample(),
+    "moments, none": lambda t: DiagonalGaussian(t[0], t[1]).sample_kl(reduction="none"),
+    "moments, channels last": lambda t: DiagonalGaussian.from_moments(
+        torch.cat(t[:2], 1)[..., None].to(memory_format=torch.channels_last), clamp=(-0.5, 0.5)
+    ).sample_kl(),
+    "moments, logstd": lambda t: DiagonalGaussian(t[0], t[1], "logstd").sample_kl(),
     "likelihood": lambda t: gaussian_log_likelihood(t[0], t[1]),
     "likelihood, number": lambda t: gaussian_log_likelihood(t[0], t[1], -1.5, reduction="sum"),
     "likelihood, scalar": lambda t: gaussian_log_likelihood(t[0], t[1], t[5]),
@@ -169,6 +176,7 @@ def test_what_is_not_plain_is_left_to_python(name: str) -> None:
     first, second = PASSED_ON[name]()
     assert fastpath.reparameterize_kl(first, second, None, None, "sample") is None
     assert fastpath.gaussian_kl(first, second, None, None, "sample") is None
+    assert fastpath.posterior(first, second, -1, -1.0, 1.0, True, "sample") is None
     assert fastpath.gaussian_log_likelihood(first, second, None, "sample") is None
     assert fastpath.elbo_loss(first, second, second, second, None, None, 1.0, "sum") is None
 
@@ -180,6 +188,7 @@ def test_reductions_that_do_not_exist_are_left_to_python(reduction: object) -> N
     assert fastpath.gaussian_log_likelihood(a, a, None, reduction) is None
     assert fastpath.elbo_loss(a, a, a, a, None, None, 1.0, reduction) is None
     if reduction is not None:  # which stands for no KL there
+        assert fastpath.posterior(a, a, -1, -1.0, 1.0, True, reduction) is None
         assert fastpath.reparameterize_kl(a, a, None, None, reduction) is None
 
 
