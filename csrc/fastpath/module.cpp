@@ -284,6 +284,12 @@ PyObject* serve(PyObject* const* arguments) {
   Py_RETURN_NONE;
 }
 
+// set_direct_calls(on): whether CPU operations are called without the dispatcher.
+PyObject* set_direct_calls(PyObject* const* arguments) {
+  direct_calls() = arguments[0] == Py_True;
+  Py_RETURN_NONE;
+}
+
 // set_formulas(latent, likelihood, elbo): backward with a graph of its own.
 PyObject* set_formulas(PyObject* const* arguments) {
   PyObject** const all[] = {&formulas().latent, &formulas().likelihood, &formulas().elbo};
@@ -322,6 +328,7 @@ PyMethodDef methods[] = {
     method<elbo_loss, 8>("elbo_loss"),
     method<serve, 2>("serve"),
     method<set_formulas, 3>("set_formulas"),
+    method<set_direct_calls, 1>("set_direct_calls"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -102,6 +103,16 @@ def run(call: Callable[[list[Tensor]], object], inputs: list[Tensor]) -> list[Te
     return [*found, *torch.autograd.grad(total, inputs, allow_unused=True)]
 
 
+@pytest.fixture(params=["directly", "by the dispatcher"])
+def called(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How operations are called: on a GPU always by the dispatcher."""
+    compiled = importlib.import_module("fused_elbo._fastpath")
+    compiled.set_direct_calls(request.param == "directly")
+    yield
+    compiled.set_direct_calls(True)
+
+
+@pytest.mark.usefixtures("called")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CALLS)
 def test_results_and_gradients_are_bitwise_those_of_python(
@@ -313,6 +324,7 @@ def test_an_error_in_a_backward_with_a_graph_arrives_as_it_was(
         torch.autograd.grad(z.sum(), mean, create_graph=True)
 
 
+@pytest.mark.usefixtures("called")
 def test_the_profiler_shows_the_operations_by_name() -> None:
     mean, logvar = leaves(EVENT, EVENT)
     with torch.profiler.profile(record_shapes=True) as profile:
