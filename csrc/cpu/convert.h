@@ -5,6 +5,7 @@
 
 #include "../math/scalar.h"
 #include "simd.h"
+#include "view.h"
 
 namespace fused_elbo {
 namespace cpu {
@@ -57,6 +58,15 @@ FUSED_ELBO_INLINE void narrow(float x, Float16& to) {
 // A double on its way to a half type is rounded twice; only scalars of a float32 kernel take this way.
 FUSED_ELBO_INLINE void narrow(double x, BFloat16& to) { narrow(static_cast<float>(x), to); }
 FUSED_ELBO_INLINE void narrow(double x, Float16& to) { narrow(static_cast<float>(x), to); }
+
+template <>
+struct DTypeOf<BFloat16> {
+  static constexpr DType value = DType::kBFloat16;
+};
+template <>
+struct DTypeOf<Float16> {
+  static constexpr DType value = DType::kFloat16;
+};
 
 // Contiguous runs.
 template <typename To, typename From>

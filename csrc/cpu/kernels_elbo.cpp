@@ -19,19 +19,22 @@ void run_elbo(const ElboArgs& args, Pass pass, double* partials, const Context& 
   struct Work {
     LikelihoodWork<T> likelihood;
     LatentWork<U> latent;
-    int64_t boundary;
+    int64_t units, latent_units;
+    // Of the first units of all. Every task gets its share of the latent's, which compute more than they move.
+    int64_t latent_among(int64_t first) const { return first * latent_units / units; }
   };
   double* const latent_partials = partials + LikelihoodWork<T>::partials_needed(reconstruction, pass, true);
   Work work{LikelihoodWork<T>(reconstruction, pass, partials, true),
-            LatentWork<U>(args.latent, pass, latent_partials, true), 0};
-  work.boundary = work.likelihood.units();
+            LatentWork<U>(args.latent, pass, latent_partials, true), 0, 0};
+  work.latent_units = has_latent ? work.latent.units() : 0;
+  work.units = work.likelihood.units() + work.latent_units;
   for_units(
-      context, work.boundary + (has_latent ? work.latent.units() : 0),
+      context, work.units,
       [](void* user, int64_t begin, int64_t end) {
         const Work& work = *static_cast<Work*>(user);
-        const int64_t boundary = work.boundary;
-        if (begin < boundary) work.likelihood.run(begin, end < boundary ? end : boundary);
-        if (end > boundary) work.latent.run((begin > boundary ? begin : boundary) - boundary, end - boundary);
+        const int64_t latent_begin = work.latent_among(begin), latent_end = work.latent_among(end);
+        if (end - latent_end > begin - latent_begin) work.likelihood.run(begin - latent_begin, end - latent_end);
+        if (latent_end > latent_begin) work.latent.run(latent_begin, latent_end);
       },
       &work);
   work.likelihood.finish();

@@ -1,43 +1,25 @@
 // log N(x; mean, e^logvar) and its gradients.
 //
 // Memory: reads x and mean, and logvar where it has one value per element; backward writes the gradient of mean, and of
-// such a logvar. Everything else is small: these kernels run at the speed of memory.
+// such a logvar. Everything else is small: these kernels run at the speed of memory. Here is how the work is cut and
+// its sums are put together; the units themselves are in kernels_likelihood_constant.cpp and _elementwise.cpp.
+#include <algorithm>
+
 #include "../math/gaussian.h"
-#include "elements.h"
 #include "level.h"
 #include "likelihood.h"
-#include "likelihood_loops.h"
+#include "likelihood_buffers.h"
 
 namespace fused_elbo {
 namespace cpu {
 namespace FUSED_ELBO_ISA {
-
-template <typename T>
-struct LikelihoodBuffers {
-  alignas(64) T x[kBuffer];
-  alignas(64) T mean[kBuffer];
-  alignas(64) T logvar[kBuffer];
-  alignas(64) T upstream[kBuffer];
-  alignas(64) T value[kBuffer];
-  alignas(64) T grad_mean[kBuffer];
-  alignas(64) T grad_x[kBuffer];
-  alignas(64) T grad_logvar[kBuffer];
-  alignas(64) T keep[kBuffer];
-  alignas(64) T slope[kBuffer];
-  // Per row of the unit.
-  alignas(64) double row_upstream[kUnit];
-  alignas(64) double row_logvar[kUnit];
-  alignas(64) double row_precision[kUnit];
-  alignas(64) double row_value[kUnit];
-  alignas(64) double row_grad_logvar[kUnit];
-};
-
 namespace {
 
 // Shorter runs of one logvar are treated element by element: each would be a unit of its own.
 constexpr int64_t kMinRun = 256;
 
-// Smaller than the latent's units: while a unit's gradient is streamed out of its buffer, no input is read.
+// Smaller than the latent's units: those of a unit's inputs that lie in place, the next unit's, which are fetched
+// meanwhile, and the outputs fit into the nearest cache together.
 constexpr int64_t kLikelihoodUnit = 1024;
 
 bool is_constant_per_event(const LikelihoodArgs& args) {
@@ -49,15 +31,26 @@ bool is_constant_per_event(const LikelihoodArgs& args) {
   return true;
 }
 
-// Whether the gradient of mean is stored past the caches, which saves reading its old contents: where x, mean and that
-// gradient do not fit into the last-level cache. Beside a second gradient of its size, streaming both costs a third
-// instead.
-bool streams_gradient(const LikelihoodArgs& args, bool grad_logvar) {
-  if (grad_logvar && args.logvar_inner == 1) return false;
+// Bytes of everything that has an element for each of the shape, one gradient among it.
+int64_t bytes_with_gradient(const LikelihoodArgs& args) {
   const int64_t item = args.dtype == DType::kFloat64 ? 8 : args.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t bytes = 3 * item * args.shape.samples * args.shape.rows * args.shape.event;
-  return bytes > (int64_t{1} << 22) && bytes > last_level_cache_bytes();
+  const int64_t tensors = args.grad_logvar.data != nullptr && args.logvar_inner == 1 ? 5 : 3;
+  return tensors * item * args.shape.samples * args.shape.rows * args.shape.event;
 }
+
+// Gradients are stored past the caches where that saves reading what their memory held before. In place it wins, a
+// later reader of the gradients included, from about 32 MB of tensors on, also under a larger last-level cache: other
+// cores and other programs share it. From a buffer it wins beyond that cache.
+constexpr int64_t kStreamed = int64_t{32} << 20;
+
+// The cache's size is read from a file: not for small calls.
+bool exceeds_caches(int64_t bytes) { return bytes > kStreamed / 8 && bytes > last_level_cache_bytes(); }
+
+// Backward takes blocks of units from the last to the first: it starts with what forward has just read, which is still
+// in the caches. Within a block the order of memory suits the processor's own fetching. Nothing is gained where the
+// tensors are many times the caches.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kReversed = 4 * kStreamed;
 
 int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
@@ -182,7 +175,10 @@ LikelihoodWork<T>::LikelihoodWork(const LikelihoodArgs& args, Pass pass, double*
       grad_logvar_ = make_view(operand, per_run, order.dim);
     }
   }
-  grad_mean_.stream = grad_x_.stream = pass != Pass::kForward && streams_gradient(args, grad_logvar_wanted_);
+  const int64_t bytes = pass == Pass::kForward ? 0 : bytes_with_gradient(args);
+  reversed_ = pass == Pass::kBackward && bytes <= kReversed;
+  streams_ = bytes > kStreamed || exceeds_caches(bytes);
+  grad_mean_.stream = grad_x_.stream = exceeds_caches(bytes);
   if (one_logvar_) {
     logvar_value_ = logvar_ ? read(logvar_, 0, 0, 0) : args.logvar_value;
     precision_ = __builtin_exp(-logvar_value_);
@@ -243,142 +239,27 @@ void LikelihoodWork<T>::store_grad_mean(const Range& range, const T* grad_mean, 
   store(grad_x_, range, buffers.grad_x);
 }
 
-// One logvar per row: sum_n log N = -1/2 [e^-logvar sum_n (x - mean)^2 + n (logvar + ln 2 pi)].
-template <typename T>
-void LikelihoodWork<T>::constant_unit(const Piece& piece, LikelihoodBuffers<T>& buffers) const {
-  const Range& range = piece.range;
-  const int64_t count = whole_groups(range.rows * range.count);
-  const bool squares = value_ || grad_logvar_wanted_;
-  ConstantArrays<T> arrays;
-  arrays.x = input(x_, range, buffers.x);
-  arrays.mean = input(mean_, range, buffers.mean);
-  arrays.squares = buffers.value;
-  arrays.grad_mean = output(grad_mean_, range, buffers.grad_mean);
-  arrays.factor = nullptr;
-  if (!squares && !grad_mean_wanted_) return;
-  for (int64_t row = 0; row < range.rows; ++row) {
-    buffers.row_logvar[row] = logvar_value_;
-    buffers.row_precision[row] = precision_;
-  }
-  if (!one_logvar_) {
-    read_rows(logvar_, range, buffers.row_logvar);
-    for (int64_t row = 0; row < range.rows; ++row) buffers.row_precision[row] = __builtin_exp(-buffers.row_logvar[row]);
-  }
-  if (grad_mean_wanted_ || grad_logvar_wanted_) read_upstream(range, buffers);
-  if (grad_mean_wanted_) {
-    double* const factors = buffers.row_value;
-    for (int64_t row = 0; row < range.rows; ++row) {
-      factors[row] = buffers.row_upstream[row] * buffers.row_precision[row];
-    }
-    arrays.scalar = static_cast<T>(factors[0]);
-    if (range.rows > 1) {
-      fill_rows(factors, range, buffers.upstream);
-      arrays.factor = buffers.upstream;
-    }
-  }
-  // By how rows are cut, not by how many this unit has: a row is summed alike in every batch.
-  const bool summed = cut_.units.rows_per_unit == 1;
-  const double total = run_constant_loop(arrays, count,
-                                         !squares ? Squares::kNone
-                                         : summed ? Squares::kSummed
-                                                  : Squares::kStored,
-                                         grad_mean_wanted_);
-  store_grad_mean(range, arrays.grad_mean, buffers);
-  if (!squares) return;
-  double* const values = buffers.row_value;
-  const double n = static_cast<double>(range.count);
-  if (summed) {
-    values[0] = total;
-  } else {
-    sum_rows(arrays.squares, range.rows, range.count, values);
-  }
-  for (int64_t row = 0; row < range.rows; ++row) {
-    const double quadratic = buffers.row_precision[row] * values[row];
-    values[row] = -0.5 * (quadratic + n * (buffers.row_logvar[row] + math::kLog2Pi));
-    if (grad_logvar_wanted_) buffers.row_grad_logvar[row] = 0.5 * buffers.row_upstream[row] * (quadratic - n);
-  }
-  if (value_) reduce_values(piece, values);
-  if (grad_logvar_wanted_) reduce_grad_logvar(piece, buffers.row_grad_logvar);
-}
-
-template <typename T>
-void LikelihoodWork<T>::elementwise_unit(const Piece& piece, LikelihoodBuffers<T>& buffers) const {
-  const Range& range = piece.range;
-  const int64_t count = whole_groups(range.rows * range.count);
-  const bool value_each = value_ && args_.reduction == Reduction::kNone;
-  const int64_t inner = args_.logvar_inner;
-  const bool grad_logvar_each = grad_logvar_wanted_ && inner == 1;
-  ElementwiseArrays<T> arrays;
-  arrays.x = input(x_, range, buffers.x);
-  arrays.mean = input(mean_, range, buffers.mean);
-  if (logvar_) {
-    arrays.logvar = input(logvar_, range, buffers.logvar);
-  } else {
-    for (int64_t i = 0; i < count; ++i) buffers.logvar[i] = static_cast<T>(args_.logvar_value);
-    arrays.logvar = buffers.logvar;
-  }
-  if (grad_mean_wanted_ || grad_logvar_wanted_) arrays.upstream = upstream(range, buffers);
-  const bool scaled = args_.scale.kind != ScaleKind::kPlain;
-  if (scaled) {
-    to_logvar(args_.scale, arrays.logvar, count, buffers.logvar, buffers.slope);
-    arrays.logvar = buffers.logvar;
-  }
-  if (mask_) {
-    load_mask(mask_, range, buffers.keep);
-    read_counted(buffers.keep, arrays.x, count, buffers.x);
-    read_counted(buffers.keep, arrays.mean, count, buffers.mean);
-    read_counted(buffers.keep, arrays.logvar, count, buffers.logvar);
-    if (grad_mean_wanted_ || grad_logvar_wanted_) {
-      read_counted(buffers.keep, arrays.upstream, count, buffers.upstream);
-    }
-  }
-  arrays.value = value_each ? output(ll_, range, buffers.value) : buffers.value;
-  arrays.grad_mean = output(grad_mean_, range, buffers.grad_mean);
-  arrays.grad_logvar = grad_logvar_each ? output(grad_logvar_, range, buffers.grad_logvar) : buffers.grad_logvar;
-  arrays.count = range.rows * range.count;
-  const bool summed = cut_.units.rows_per_unit == 1 && !value_each && !mask_;
-  const double total = run_elementwise_loop(arrays, count,
-                                            !value_  ? Values::kNone
-                                            : summed ? Values::kSummed
-                                                     : Values::kStored,
-                                            grad_mean_wanted_, grad_logvar_wanted_);
-  if (mask_ && value_) keep_counted(buffers.keep, arrays.value, count, arrays.value);
-  if (scaled && grad_logvar_wanted_) through_slope(buffers.slope, count, arrays.grad_logvar);
-  store_grad_mean(range, arrays.grad_mean, buffers);
-  if (value_each) store_output(ll_, range, arrays.value, buffers.value);
-  if (grad_logvar_each) store_output(grad_logvar_, range, arrays.grad_logvar, buffers.grad_logvar);
-  if (value_ && !value_each) {
-    if (summed) {
-      buffers.row_value[0] = total;
-    } else {
-      sum_rows(arrays.value, range.rows, range.count, buffers.row_value);
-    }
-    reduce_values(piece, buffers.row_value);
-  }
-  if (!grad_logvar_wanted_ || grad_logvar_each) return;
-  if (logvar_partials_) {
-    sum_rows(arrays.grad_logvar, range.rows, range.count, buffers.row_grad_logvar);
-    reduce_grad_logvar(piece, buffers.row_grad_logvar);
-    return;
-  }
-  const int64_t runs = range.count / inner;
-  sum_rows(arrays.grad_logvar, range.rows * runs, inner, buffers.row_grad_logvar);
-  const Range by_run{range.sample, range.row, range.rows, range.first / inner, runs};
-  store(grad_logvar_, by_run, buffers.row_grad_logvar);
-}
-
 template <typename T>
 void LikelihoodWork<T>::run(int64_t begin, int64_t end) const {
   LikelihoodBuffers<T> buffers;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const Piece piece = cut_.piece(unit);
+  const int64_t block = reversed_ ? kBlock : end - begin;
+  const auto after = [=](int64_t unit) {
+    if ((end - unit - 1) % block != 0) return unit + 1;
+    return std::max(begin, unit + 1 - 2 * block);
+  };
+  int64_t unit = std::max(begin, end - block);
+  Piece piece = cut_.piece(unit);
+  for (int64_t left = end - begin; left > 0; --left) {
+    unit = after(unit);
+    const Piece next = left > 1 ? cut_.piece(unit) : piece;
     if (constant_) {
-      constant_unit(piece, buffers);
+      constant_unit(piece, next, buffers);
     } else {
-      elementwise_unit(piece, buffers);
+      elementwise_unit(piece, next, buffers);
     }
+    piece = next;
   }
-  if (grad_mean_.stream) finish_streaming();
+  if (streams_) finish_streaming();
 }
 
 template <typename T>

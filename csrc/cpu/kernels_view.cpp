@@ -160,9 +160,20 @@ FUSED_ELBO_INLINE double sum_short(const T* values, int64_t count) {
 
 template <typename T>
 FUSED_ELBO_INLINE double sum_long(const T* values, int64_t count) {
-  const int64_t whole = count / kLanes * kLanes;
-  double total = sum_terms<T>(whole, [=](int64_t i) __attribute__((always_inline)) { return values[i]; });
-  if (whole < count) total += sum_short(values + whole, count - whole);
+  Sums sums;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    alignas(64) T sum[kLanes];
+    FUSED_ELBO_INDEPENDENT
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const T* const value = values + i + lane;
+      sum[lane] = (value[0] + value[kLanes]) + (value[2 * kLanes] + value[3 * kLanes]);
+    }
+    sums.add(sum);
+  }
+  for (; i + kLanes <= count; i += kLanes) sums.add(values + i);
+  double total = sums.total();
+  if (i < count) total += sum_short(values + i, count - i);
   return total;
 }
 

@@ -51,8 +51,21 @@ class LikelihoodWork {
   static bool wants_grad_logvar(const LikelihoodArgs& args, Pass pass);
   static bool splits_grad_logvar(const LikelihoodArgs& args, const Cut& cut);
 
-  void constant_unit(const Piece& piece, LikelihoodBuffers<T>& buffers) const;
-  void elementwise_unit(const Piece& piece, LikelihoodBuffers<T>& buffers) const;
+  // next: the unit that this thread does afterwards, or again this one.
+  void constant_unit(const Piece& piece, const Piece& next, LikelihoodBuffers<T>& buffers) const;
+  double constant_elements(const Range& range, const Range& next, bool one_row, bool squares,
+                           LikelihoodBuffers<T>& buffers) const;
+  template <typename Stored>
+  bool constant_in_place(const Range& range, const Range& next, bool one_row, bool squares, double* total,
+                         LikelihoodBuffers<T>& buffers) const;
+
+  void elementwise_unit(const Piece& piece, const Piece& next, LikelihoodBuffers<T>& buffers) const;
+  const T* elementwise_row(const Range& range, const Range& next, double* total, LikelihoodBuffers<T>& buffers) const;
+  const T* elementwise_rows(const Range& range, LikelihoodBuffers<T>& buffers) const;
+  const T* logvars(const Range& range, LikelihoodBuffers<T>& buffers) const;
+  template <typename Stored>
+  bool elementwise_in_place(const Range& range, const Range& next, T upstream, double* total) const;
+
   void store_grad_mean(const Range& range, const T* grad_mean, LikelihoodBuffers<T>& buffers) const;
   const T* upstream(const Range& range, LikelihoodBuffers<T>& buffers) const;
   void read_upstream(const Range& range, LikelihoodBuffers<T>& buffers) const;
@@ -64,6 +77,8 @@ class LikelihoodWork {
   bool value_, grad_mean_wanted_, grad_logvar_wanted_;
   bool constant_;    // one logvar per row of units_, and sums are wanted: squares are summed, all else is per unit
   bool one_logvar_;  // one logvar in the whole call
+  bool reversed_;    // blocks of units from the last to the first
+  bool streams_;     // gradients written in place go past the caches
   double logvar_value_ = 0, precision_ = 0;  // that one
   double* partials_;                         // [samples, rows, runs, segments]
   double* logvar_partials_;                  // likewise, of the gradient of logvar

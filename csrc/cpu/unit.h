@@ -53,6 +53,9 @@ struct Units {
   }
 };
 
+// Loops that sum or fetch take four groups per step.
+constexpr int kStep = 4 * kLanes;
+
 FUSED_ELBO_INLINE int64_t whole_groups(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 // Sums in a fixed order that depends on count alone: of one array, and of each of several rows that lie one behind the
@@ -69,31 +72,32 @@ FUSED_ELBO_INLINE double sum_tree(const double* lanes) {
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
-// Sum of term(i) over whole groups, fused into the loop that computes the terms. Four terms are added in their own type
-// before they are widened: three roundings, a quarter of the conversions.
-template <typename T, class Term>
-FUSED_ELBO_INLINE double sum_terms(int64_t count, Term term) {
-  alignas(64) double lanes[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = 0;
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+// kLanes sums in double, kept in registers: stored and loaded again by every step they would fill the queue of stores
+// that wait for memory.
+class Sums {
+ public:
+  template <typename T>
+  FUSED_ELBO_INLINE void add(const T* lanes) {
+    alignas(64) double wide[kLanes];
     FUSED_ELBO_INDEPENDENT
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t at = i + lane;
-      const T low = term(at) + term(at + kLanes);
-      const T high = term(at + 2 * kLanes) + term(at + 3 * kLanes);
-      lanes[lane] += static_cast<double>(low + high);
+    for (int lane = 0; lane < kLanes; ++lane) wide[lane] = static_cast<double>(lanes[lane]);
+    for (int p = 0; p < kParts; ++p) {
+      Part part;
+      __builtin_memcpy(&part, wide + p * kPart, sizeof(part));
+      parts_[p] += part;
     }
   }
-  // Between loops over one array: merged, g++ keeps its elements in scalar registers.
-  asm volatile("" : "+m"(lanes));
-  for (; i < count; i += kLanes) {
-    FUSED_ELBO_INDEPENDENT
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(term(i + lane));
+  FUSED_ELBO_INLINE double total() const {
+    alignas(64) double lanes[kLanes];
+    __builtin_memcpy(lanes, parts_, sizeof(lanes));
+    return sum_tree(lanes);
   }
-  asm volatile("" : "+m"(lanes));
-  return sum_tree(lanes);
-}
+
+ private:
+  static constexpr int kPart = kWidth / 2, kParts = kLanes / kPart;
+  typedef double Part __attribute__((vector_size(8 * kPart)));
+  Part parts_[kParts] = {};
+};
 
 // Each row's value for every element of a range.
 template <typename T>
