@@ -9,13 +9,37 @@ namespace cpu {
 namespace FUSED_ELBO_ISA {
 namespace {
 
-FUSED_ELBO_INLINE int64_t offset_of(const View& view, int64_t sample, int64_t row, int64_t element) {
-  int64_t offset = sample * view.sample_stride + row * view.row_stride;
-  for (int d = view.dims - 1; d > 0; --d) {
-    offset += element % view.size[d] * view.stride[d];
-    element /= view.size[d];
+// Where an element lies, and the index of each dimension on the way.
+struct Place {
+  int64_t index[kMaxEventDims], offset;
+
+  Place(const View& view, int64_t sample, int64_t row, int64_t element)
+      : offset(sample * view.sample_stride + row * view.row_stride) {
+    for (int d = view.dims - 1; d > 0; --d) {
+      index[d] = element % view.size[d];
+      offset += index[d] * view.stride[d];
+      element /= view.size[d];
+    }
+    index[0] = element;
+    offset += element * view.stride[0];
   }
-  return offset + element * view.stride[0];
+
+  // From the start of a stretch along dimension d + 1 to that of the next: a step along dimension d.
+  void advance(const View& view, int d) {
+    offset += view.stride[d];
+    while (++index[d] == view.size[d] && d > 0) {
+      offset -= index[d] * view.stride[d];
+      index[d] = 0;
+      offset += view.stride[--d];
+    }
+  }
+};
+
+// Calls run(offset, step, length, position) for each of count stretches of one length, stride apart.
+template <class Run>
+FUSED_ELBO_INLINE void for_equal_runs(int64_t offset, int64_t step, int64_t length, int64_t position, int64_t count,
+                                      int64_t stride, Run run) {
+  for (int64_t i = 0; i < count; ++i) run(offset + i * stride, step, length, position + i * length);
 }
 
 // Calls run(offset, step, length, position) for each stretch along the innermost dimension, in order; offset in
@@ -26,22 +50,49 @@ FUSED_ELBO_INLINE void for_each_run(const View& view, const Range& range, Run ru
   const int64_t step = view.stride[inner];
   int64_t position = 0;
   for (int64_t r = 0; r < range.rows; ++r) {
-    const int64_t base = range.sample * view.sample_stride + (range.row + r) * view.row_stride;
+    Place place(view, range.sample, range.row + r, range.first);
     if (inner == 0) {
-      run(base + range.first * step, step, range.count, position);
+      run(place.offset, step, range.count, position);
       position += range.count;
       continue;
     }
-    int64_t index = range.first;
-    for (int64_t left = range.count; left > 0;) {
-      const int64_t within = index % view.size[inner];
-      const int64_t offset = offset_of(view, range.sample, range.row + r, index);
-      const int64_t length = left < view.size[inner] - within ? left : view.size[inner] - within;
-      run(offset, step, length, position);
+    const int64_t size = view.size[inner];
+    int64_t left = range.count;
+    const auto take = [&](int64_t length) __attribute__((always_inline)) {
+      run(place.offset, step, length, position);
       position += length;
-      index += length;
       left -= length;
+    };
+    if (const int64_t within = place.index[inner]; within > 0) {
+      take(left < size - within ? left : size - within);
+      place.offset -= within * step;
+      place.advance(view, inner - 1);
     }
+    while (left >= size) {
+      // The pixels of a channels_last latent are many stretches of a few elements: a constant length is one move.
+      const int64_t outer = view.size[inner - 1] - place.index[inner - 1];
+      const int64_t count = inner > 1 && outer < left / size ? outer : left / size;
+      const int64_t stride = view.stride[inner - 1];
+      switch (step == 1 ? size : 0) {
+        case 4:
+          for_equal_runs(place.offset, 1, 4, position, count, stride, run);
+          break;
+        case 8:
+          for_equal_runs(place.offset, 1, 8, position, count, stride, run);
+          break;
+        case 16:
+          for_equal_runs(place.offset, 1, 16, position, count, stride, run);
+          break;
+        default:
+          for_equal_runs(place.offset, step, size, position, count, stride, run);
+      }
+      position += count * size;
+      left -= count * size;
+      place.offset += (count - 1) * stride;
+      place.index[inner - 1] += count - 1;
+      place.advance(view, inner - 1);
+    }
+    if (left > 0) take(left);
   }
 }
 
@@ -189,7 +240,7 @@ FUSED_ELBO_INLINE void sum_each_row(const T* values, int64_t rows, int64_t count
 // Calls visit(a pointer to the view's value, row) with the pointer's type.
 template <class Visit>
 FUSED_ELBO_INLINE void visit_rows(const View& view, const Range& range, Visit visit) {
-  const int64_t first = offset_of(view, range.sample, range.row, range.first);
+  const int64_t first = Place(view, range.sample, range.row, range.first).offset;
   const auto each = [&](auto* data) __attribute__((always_inline)) {
     for (int64_t row = 0; row < range.rows; ++row) visit(data + first + row * view.row_stride, row);
   };
