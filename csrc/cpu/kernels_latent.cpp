@@ -16,7 +16,11 @@ namespace {
 // Channels of a channels_last event that are interleaved in a buffer: with more of them, the runs of consecutive noise
 // indices in a unit get too short for the generator.
 constexpr int64_t kMaxInterleaved = 32;
+// Elements whose noise is made at a time. Backward, with five or nine arrays in motion, waits for memory in each block
+// where they exceed the nearer caches; in shorter blocks more of that passes beside the noise.
 constexpr int64_t kNoiseBlock = 256;
+constexpr int64_t kShortNoiseBlock = 128;
+constexpr int64_t kCachedBytes = int64_t{8} << 20;
 
 bool is_channels_last(const LatentArgs& args) {
   return args.shape.event_dims == 2 && args.mean.stride[0] != 0 && args.mean.stride[0] < args.mean.stride[1] &&
@@ -226,10 +230,12 @@ void LatentWork<T>::run_loop(const NoiseGenerator& generator, const Range& range
     return;
   }
   const uint64_t index = noise_index(range);
+  const int64_t bytes = units_.rows * units_.event * (prior_mean_ ? 9 : 5) * static_cast<int64_t>(sizeof(T));
+  const int64_t block = pass_ == Pass::kForward || bytes <= kCachedBytes ? kNoiseBlock : kShortNoiseBlock;
   const bool repeated = repeats_coefficients(range);
   const T* const all = coefficients_wanted ? coefficients(range, repeated, buffers) : nullptr;
-  for (int64_t begin = 0; begin < count; begin += kNoiseBlock) {
-    const int64_t end = count < begin + kNoiseBlock ? count : begin + kNoiseBlock;
+  for (int64_t begin = 0; begin < count; begin += block) {
+    const int64_t end = count < begin + block ? count : begin + block;
     arrays.eps = normals(generator, index + begin, end - begin, buffers.noise);
     arrays.coefficient = coefficients_wanted && !repeated ? all + begin : all;
     loops_.run(arrays, begin, end);
