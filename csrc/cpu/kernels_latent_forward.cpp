@@ -25,15 +25,17 @@ bool forward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
     far.lane[lane] |= terms.far;
     return terms;
   };
+  // Nats of four groups are added in their own type before they are widened. Written out where it matters: the loop
+  // below does the same in half the code, but passes its sums through memory.
+  // The sums go on from block to block, so that their order does not depend on how a unit is cut into blocks.
   alignas(64) double lanes[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = 0;
-  int64_t group = begin;
-  if constexpr (kNats == Nats::kSummed) {
-    // Four groups are added in their own type before they are widened.
-    for (; group + 4 * kLanes <= end; group += 4 * kLanes) {
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = kNats == Nats::kSummed ? arrays.nats_lanes[lane] : 0;
+  int64_t four = begin;
+  if constexpr (kNats == Nats::kSummed && Prior::kReach == math::Reach::kNear && sizeof(T) == 4) {
+    for (; four + 4 * kLanes <= end; four += 4 * kLanes) {
       FUSED_ELBO_INDEPENDENT
       for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t i = group + lane;
+        const int64_t i = four + lane;
         math::KlSum<T> sum(element(i, lane));
         sum.add(element(i + kLanes, lane));
         sum.add(element(i + 2 * kLanes, lane));
@@ -42,16 +44,30 @@ bool forward_loop(const LatentArrays<T>& arrays, int64_t begin, int64_t end) {
       }
     }
   }
-  for (; group < end; group += kLanes) {
-    FUSED_ELBO_INDEPENDENT
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const math::KlTerms<T> terms = element(group + lane, lane);
-      if constexpr (kNats == Nats::kSummed) lanes[lane] += static_cast<double>(math::KlSum<T>(terms).value());
+  for (; four < end; four += 4 * kLanes) {
+    const int64_t stop = four + 4 * kLanes < end ? four + 4 * kLanes : end;
+    alignas(64) T squares[kLanes] = {}, rest[kLanes] = {};
+    for (int64_t group = four; group < stop; group += kLanes) {
+      FUSED_ELBO_INDEPENDENT
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const math::KlTerms<T> terms = element(group + lane, lane);
+        if constexpr (kNats == Nats::kSummed) {
+          math::KlSum<T> sum{squares[lane], rest[lane]};
+          sum.add(terms);
+          squares[lane] = sum.squares;
+          rest[lane] = sum.rest;
+        }
+      }
+    }
+    if constexpr (kNats == Nats::kSummed) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        lanes[lane] += static_cast<double>(math::KlSum<T>{squares[lane], rest[lane]}.value());
+      }
     }
   }
   if (Prior::kReach == math::Reach::kNear && far.any()) return false;
   if constexpr (kNats == Nats::kSummed) {
-    for (int lane = 0; lane < kLanes; ++lane) arrays.nats_lanes[lane] += lanes[lane];
+    for (int lane = 0; lane < kLanes; ++lane) arrays.nats_lanes[lane] = lanes[lane];
   }
   return true;
 }

@@ -217,12 +217,14 @@ FUSED_ELBO_HD inline T kl(const KlTerms<T>& terms) {
   return T(0.5) * fma(terms.distance, terms.distance, phi_from(terms.w, terms.phi_half));
 }
 
-// A sum of kl over elements, beginning with one, in two parts: an operation less for each.
+// A sum of kl over elements, in two parts: an operation less for each element. To begin with one element, or to add it
+// to nothing, gives the same bits.
 template <typename T>
 struct KlSum {
   T squares, rest;
+  FUSED_ELBO_HD inline KlSum(T squares, T rest) : squares(squares), rest(rest) {}
   FUSED_ELBO_HD inline explicit KlSum(const KlTerms<T>& terms)
-      : squares(fma(terms.distance, terms.distance, terms.w * terms.w)), rest(terms.phi_half) {}
+      : squares(fma(terms.w, terms.w, terms.distance * terms.distance)), rest(terms.phi_half) {}
   FUSED_ELBO_HD inline void add(const KlTerms<T>& terms) {
     squares = fma(terms.distance, terms.distance, squares);
     squares = fma(terms.w, terms.w, squares);

@@ -7,6 +7,7 @@ from fused_elbo import (
     DiagonalGaussian,
     NoiseKey,
     elbo_loss,
+    gaussian_kl,
     gaussian_log_likelihood,
     reparameterize_kl,
 )
@@ -146,6 +147,17 @@ def test_an_extreme_logvar_changes_no_bit_of_its_neighbours(where, extreme, devi
                 assert torch.equal(a[others], e[others]), f"{shape}"
             assert not torch.equal(actual[1][1, 5], expected[1][1, 5])
             assert torch.equal(actual_rows[[0, 2]], expected_rows[[0, 2]])
+
+
+def test_the_kl_alone_is_the_kl_beside_samples(device, interpreted):
+    for shape in [(4, 65)] if interpreted else [(9, 7), (40, 130), (3, 5_000)]:
+        for dtype in (torch.float32, torch.float64):
+            tensors = [leaf(*shape, dtype=dtype, device=device) for _ in range(4)]
+            for arguments in (tensors[:2], tensors):
+                alone = gaussian_kl(*arguments)
+                for num_samples in (None, 2):
+                    kl = reparameterize_kl(*arguments, key=KEY, num_samples=num_samples)[1]
+                    assert torch.equal(alone, kl), f"{shape}, {dtype}, {num_samples} samples"
 
 
 def test_where_a_tensor_lies_in_memory_changes_no_bit(device, interpreted):
