@@ -61,7 +61,7 @@ def test_a_far_logvar_in_a_long_row_counts_once(dtype, device, interpreted):
     shape = (2, 400) if interpreted else (2, 5_000)
     mean = leaf(*shape, dtype=dtype, device=device).detach()
     logvar = leaf(*shape, dtype=dtype, device=device).detach()
-    logvar[1, [3, 300, -1]] = -100.0
+    logvar[1, [3, 300, -1]] = -100.0 if dtype == torch.float32 else -1500.0
     exact = (0.5 * (mean.double() ** 2 + logvar.double().exp() - 1 - logvar.double())).sum(1)
     for kl in (gaussian_kl(mean, logvar), reparameterize_kl(mean, logvar, key=KEY)[1]):
         assert ((kl - exact).abs() <= 1e-6 * exact).all()
