@@ -6,7 +6,7 @@
 
 #include "elements.h"
 #include "latent.h"
-#include "latent_loops.h"
+#include "latent_buffers.h"
 
 namespace fused_elbo {
 namespace cpu {
@@ -16,38 +16,11 @@ namespace {
 // Channels of a channels_last event that are interleaved in a buffer: with more of them, the runs of consecutive noise
 // indices in a unit get too short for the generator.
 constexpr int64_t kMaxInterleaved = 32;
-constexpr int64_t kRun = kUnit / 2 + 80;
+// Elements whose noise is made at a time. Backward, with five or nine arrays in motion, waits for memory in each block
+// where they exceed the nearer caches; in shorter blocks more of that passes beside the noise.
 constexpr int64_t kNoiseBlock = 256;
-
-}  // namespace
-
-template <typename T>
-struct LatentBuffers {
-  alignas(64) T mean[kBuffer];
-  alignas(64) T logvar[kBuffer];
-  alignas(64) T noise[kBuffer];
-  alignas(64) T grad_z[kBuffer];
-  alignas(64) T coefficient[kBuffer];
-  alignas(64) T first[kBuffer];   // z, or grad_mean
-  alignas(64) T second[kBuffer];  // standard deviation, or grad_logvar
-  alignas(64) T nats[kBuffer];
-  alignas(64) T prior_mean[kBuffer];
-  alignas(64) T prior_logvar[kBuffer];
-  alignas(64) T grad_prior_mean[kBuffer];
-  alignas(64) T grad_prior_logvar[kBuffer];
-  alignas(64) T grad_z_sum[kBuffer];
-  alignas(64) T grad_z_eps[kBuffer];
-  alignas(64) T runs[4 * kRun];
-  alignas(64) T interleaved[kBuffer];
-  alignas(64) T keep[kBuffer];
-  alignas(64) T slope[kBuffer];
-  alignas(64) T prior_slope[kBuffer];
-  alignas(64) double rows[kUnit];
-};
-
-namespace {
-
-static_assert(kBuffer >= kUnit + kNoisePadding && kRun >= kUnit / 2 + kNoisePadding, "normals writes whole groups");
+constexpr int64_t kShortNoiseBlock = 128;
+constexpr int64_t kCachedBytes = int64_t{8} << 20;
 
 bool is_channels_last(const LatentArgs& args) {
   return args.shape.event_dims == 2 && args.mean.stride[0] != 0 && args.mean.stride[0] < args.mean.stride[1] &&
@@ -58,27 +31,21 @@ Units cut(const LatentArgs& args) {
   return Units(1, args.shape.rows, args.shape.event, kUnit, is_channels_last(args) ? args.shape.size[0] : 1);
 }
 
-bool wants_nats(const LatentArgs& args, Pass pass) { return pass != Pass::kBackward && args.kl.data != nullptr; }
-
 }  // namespace
 
 template <typename T>
-typename LatentWork<T>::Loop LatentWork<T>::choose_loop() const {
-  using Plain = math::LogVarScale<T>;
-  using Clamped = math::ClampedLogVarScale<T>;
-  const bool learned_prior = static_cast<bool>(prior_mean_);
+LatentLoops<T> LatentWork<T>::choose_loops() const {
   const Samples several = args_.shape.samples == 1 ? Samples::kOne : Samples::kSeveral;
-  const bool nats = wants_nats(args_, pass_);
+  LoopChoice wanted{args_.clamp, static_cast<bool>(prior_mean_), args_.has_grad_kl, Samples::kNone, Nats::kNone};
+  if (wants_nats(args_, pass_)) wanted.nats = sums_nats() ? Nats::kSummed : Nats::kStored;
   if (pass_ == Pass::kForward) {
-    const Samples samples = z_ ? several : Samples::kNone;
-    if (!nats && samples == Samples::kNone) return nullptr;
-    return args_.clamp ? pick_forward<T, Clamped>(learned_prior, nats, samples)
-                       : pick_forward<T, Plain>(learned_prior, nats, samples);
+    if (z_) wanted.samples = several;
+    if (wanted.nats == Nats::kNone && wanted.samples == Samples::kNone) return {};
+    return forward_loops<T>(wanted);
   }
-  const Samples samples = grad_z_ ? several : Samples::kNone;
-  if (!args_.has_grad_kl && samples == Samples::kNone) return nullptr;
-  return args_.clamp ? pick_backward<T, Clamped>(learned_prior, args_.has_grad_kl, nats, samples)
-                     : pick_backward<T, Plain>(learned_prior, args_.has_grad_kl, nats, samples);
+  if (grad_z_) wanted.samples = several;
+  if (!wanted.grad_kl && wanted.samples == Samples::kNone) return {};
+  return backward_loops<T>(wanted);
 }
 
 template <typename T>
@@ -118,7 +85,7 @@ LatentWork<T>::LatentWork(const LatentArgs& args, Pass pass, double* partials, b
     grad_prior_mean_ = view(args.grad_prior_mean);
     grad_prior_logvar_ = view(args.grad_prior_logvar);
   }
-  loop_ = choose_loop();
+  loops_ = choose_loops();
 }
 
 template <typename T>
@@ -175,6 +142,31 @@ uint64_t LatentWork<T>::noise_index(const Range& range) const {
          static_cast<uint64_t>(channels_last_ ? 0 : range.first);
 }
 
+// For channels_last: to[j * step + k] = runs[k][j] for four runs.
+template <typename T>
+FUSED_ELBO_INLINE void interleave_four(const T* const* runs, int64_t count, int64_t step, T* to) {
+  const T *const r0 = runs[0], *const r1 = runs[1], *const r2 = runs[2], *const r3 = runs[3];
+  int64_t j = 0;
+#if defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) {
+    for (; j + 4 <= count; j += 4) {
+      __m128 a = _mm_loadu_ps(r0 + j), b = _mm_loadu_ps(r1 + j), c = _mm_loadu_ps(r2 + j), d = _mm_loadu_ps(r3 + j);
+      _MM_TRANSPOSE4_PS(a, b, c, d);
+      _mm_storeu_ps(to + j * step, a);
+      _mm_storeu_ps(to + (j + 1) * step, b);
+      _mm_storeu_ps(to + (j + 2) * step, c);
+      _mm_storeu_ps(to + (j + 3) * step, d);
+    }
+  }
+#endif
+  for (; j < count; ++j) {
+    to[j * step] = r0[j];
+    to[j * step + 1] = r1[j];
+    to[j * step + 2] = r2[j];
+    to[j * step + 3] = r3[j];
+  }
+}
+
 // Noise of a range in the order in which the event is walked through.
 template <typename T>
 const T* LatentWork<T>::noise(const NoiseGenerator& generator, const Range& range, LatentBuffers<T>& buffers) const {
@@ -208,6 +200,16 @@ const T* LatentWork<T>::noise(const NoiseGenerator& generator, const Range& rang
   return buffers.interleaved;
 }
 
+// Whether the forward loop sums the nats itself: where a unit is never more than one row, and what is masked or pads
+// the last group has a mean and a logvar of 0, and so no nats.
+template <typename T>
+bool LatentWork<T>::sums_nats() const {
+  if (pass_ != Pass::kForward || args_.reduction == Reduction::kNone || units_.rows_per_unit != 1) return false;
+  const bool padded = units_.event % kLanes != 0 || units_.segment % kLanes != 0;
+  if (padded && (args_.clamp || args_.scale.kind != ScaleKind::kPlain)) return false;
+  return !(mask_ && args_.clamp);
+}
+
 // Whether a block's coefficients serve every block of a unit.
 template <typename T>
 bool LatentWork<T>::repeats_coefficients(const Range& range) const {
@@ -224,17 +226,19 @@ void LatentWork<T>::run_loop(const NoiseGenerator& generator, const Range& range
   if (channels_last_) {
     arrays.eps = noise(generator, range, buffers);
     if (coefficients_wanted) arrays.coefficient = coefficients(range, false, buffers);
-    loop_(arrays, 0, count);
+    loops_.run(arrays, 0, count);
     return;
   }
   const uint64_t index = noise_index(range);
+  const int64_t bytes = units_.rows * units_.event * (prior_mean_ ? 9 : 5) * static_cast<int64_t>(sizeof(T));
+  const int64_t block = pass_ == Pass::kForward || bytes <= kCachedBytes ? kNoiseBlock : kShortNoiseBlock;
   const bool repeated = repeats_coefficients(range);
   const T* const all = coefficients_wanted ? coefficients(range, repeated, buffers) : nullptr;
-  for (int64_t begin = 0; begin < count; begin += kNoiseBlock) {
-    const int64_t end = count < begin + kNoiseBlock ? count : begin + kNoiseBlock;
+  for (int64_t begin = 0; begin < count; begin += block) {
+    const int64_t end = count < begin + block ? count : begin + block;
     arrays.eps = normals(generator, index + begin, end - begin, buffers.noise);
     arrays.coefficient = coefficients_wanted && !repeated ? all + begin : all;
-    loop_(arrays, begin, end);
+    loops_.run(arrays, begin, end);
   }
 }
 
@@ -260,7 +264,14 @@ const T* LatentWork<T>::coefficients(const Range& range, bool repeated, LatentBu
 
 template <typename T>
 void LatentWork<T>::reduce_nats(const Range& range, LatentBuffers<T>& buffers) const {
-  if (partials_) {
+  if (sums_nats()) {
+    const double total = sum_tree(buffers.nats_lanes);
+    if (partials_) {
+      partials_[range.row * units_.segments + range.first / units_.segment] = total;
+    } else {
+      write_rows(kl_, range, &total);
+    }
+  } else if (partials_) {
     // A unit has several rows only where a row has one segment.
     sum_rows(buffers.nats, range.rows, range.count,
              partials_ + range.row * units_.segments + range.first / units_.segment);
@@ -271,102 +282,8 @@ void LatentWork<T>::reduce_nats(const Range& range, LatentBuffers<T>& buffers) c
 }
 
 template <typename T>
-void LatentWork<T>::forward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const {
-  const int64_t count = whole_groups(range.rows * range.count);
-  const bool nats = wants_nats(args_, pass_);
-  const bool elementwise = nats && args_.reduction == Reduction::kNone;
-  LatentArrays<T> arrays;
-  add_inputs(range, buffers, arrays);
-  arrays.nats = elementwise ? output(kl_, range, buffers.nats) : buffers.nats;
-  arrays.std = buffers.second;
-  const int64_t samples = z_ ? args_.shape.samples : 0;
-  if (samples == 1) {
-    arrays.z = output(z_, range, buffers.first);
-    run_loop(first, range, arrays, buffers);
-    if (mask_) keep_counted(buffers.keep, arrays.z, count, arrays.z);
-    store_output(z_, range, arrays.z, buffers.first);
-  } else {
-    loop_(arrays, 0, count);
-    for (int64_t k = 0; k < samples; ++k) {
-      Range one = range;
-      one.sample = k;
-      const T* const eps = noise(NoiseGenerator(noise_, static_cast<uint32_t>(k)), range, buffers);
-      T* const z = output(z_, one, buffers.first);
-      for (int64_t group = 0; group < count; group += kLanes) {
-        FUSED_ELBO_INDEPENDENT
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const int64_t i = group + lane;
-          z[i] = math::sample(arrays.mean[i], buffers.second[i], eps[i]);
-        }
-      }
-      if (mask_) keep_counted(buffers.keep, z, count, z);
-      store_output(z_, one, z, buffers.first);
-    }
-  }
-  // A clamp may leave other nats than 0 of a logvar of 0.
-  if (mask_ && nats && args_.clamp) keep_counted(buffers.keep, arrays.nats, count, arrays.nats);
-  if (elementwise) {
-    store_output(kl_, range, arrays.nats, buffers.nats);
-  } else if (nats) {
-    reduce_nats(range, buffers);
-  }
-}
-
-template <typename T>
-void LatentWork<T>::backward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const {
-  const int64_t count = whole_groups(range.rows * range.count);
-  LatentArrays<T> arrays;
-  arrays.grad_mean = output(grad_mean_, range, buffers.first);
-  arrays.grad_logvar = output(grad_logvar_, range, buffers.second);
-  arrays.grad_prior_mean = output(grad_prior_mean_, range, buffers.grad_prior_mean);
-  arrays.grad_prior_logvar = output(grad_prior_logvar_, range, buffers.grad_prior_logvar);
-  arrays.nats = buffers.nats;
-  if (loop_) {
-    add_inputs(range, buffers, arrays);
-    if (grad_z_ && args_.shape.samples == 1) {
-      arrays.grad_z = input(grad_z_, range, buffers.grad_z);
-      run_loop(first, range, arrays, buffers);
-    } else if (grad_z_) {
-      T *const total = buffers.grad_z_sum, *const total_eps = buffers.grad_z_eps;
-      for (int64_t i = 0; i < count; ++i) total[i] = total_eps[i] = 0;
-      for (int64_t k = 0; k < args_.shape.samples; ++k) {
-        Range one = range;
-        one.sample = k;
-        const T* const grad_z = input(grad_z_, one, buffers.grad_z);
-        const T* const eps = noise(NoiseGenerator(noise_, static_cast<uint32_t>(k)), range, buffers);
-        for (int64_t group = 0; group < count; group += kLanes) {
-          FUSED_ELBO_INDEPENDENT
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const int64_t i = group + lane;
-            total[i] += grad_z[i];
-            total_eps[i] = math::fma(grad_z[i], eps[i], total_eps[i]);
-          }
-        }
-      }
-      arrays.grad_z_sum = total;
-      arrays.grad_z_eps = total_eps;
-    }
-    if (!grad_z_ || args_.shape.samples > 1) {
-      if (args_.has_grad_kl) arrays.coefficient = coefficients(range, false, buffers);
-      loop_(arrays, 0, count);
-    }
-    finish_gradients(arrays, count, buffers);
-  } else {
-    for (int64_t i = 0; i < count; ++i) arrays.grad_mean[i] = arrays.grad_logvar[i] = 0;
-  }
-  if (!args_.has_grad_kl && grad_prior_mean_) {
-    for (int64_t i = 0; i < count; ++i) arrays.grad_prior_mean[i] = arrays.grad_prior_logvar[i] = 0;
-  }
-  store_output(grad_mean_, range, arrays.grad_mean, buffers.first);
-  store_output(grad_logvar_, range, arrays.grad_logvar, buffers.second);
-  store_output(grad_prior_mean_, range, arrays.grad_prior_mean, buffers.grad_prior_mean);
-  store_output(grad_prior_logvar_, range, arrays.grad_prior_logvar, buffers.grad_prior_logvar);
-  if (wants_nats(args_, pass_)) reduce_nats(range, buffers);
-}
-
-template <typename T>
 void LatentWork<T>::run(int64_t begin, int64_t end) const {
-  if (pass_ == Pass::kForward && !loop_) return;
+  if (pass_ == Pass::kForward && !loops_) return;
   LatentBuffers<T> buffers;
   const NoiseGenerator first(noise_, 0);
   for (int64_t unit = begin; unit < end; ++unit) {

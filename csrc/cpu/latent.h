@@ -20,9 +20,46 @@ struct LatentArrays {
   const T *grad_z_sum, *grad_z_eps;  // sums over several samples of grad_z and grad_z * eps
   const T* coefficient;              // of the KL's gradient
   T *z, *std, *nats;
+  double* nats_lanes;  // kLanes partial sums of the nats
   T *grad_mean, *grad_logvar, *grad_prior_mean, *grad_prior_logvar;
   T clamp_min, clamp_max;
 };
+
+// What a loop does with samples. Forward: nothing, write z, or write the standard deviation for several z. Backward:
+// nothing, one sample's gradient, or sums over samples.
+enum class Samples { kNone, kOne, kSeveral };
+// What becomes of the nats: nothing, one value per element, or sums.
+enum class Nats { kNone, kStored, kSummed };
+
+struct LoopChoice {
+  bool clamp, learned_prior, grad_kl;
+  Samples samples;
+  Nats nats;
+};
+
+// The inner loop over elements begin .. end - 1; whether its results count.
+template <typename T>
+using LatentLoop = bool (*)(const LatentArrays<T>&, int64_t begin, int64_t end);
+
+// One loop for logvars near 0 and one for any, with the same results where both may be used: nearly always the first
+// will do, and it leaves out what only extreme numbers need.
+template <typename T>
+struct LatentLoops {
+  LatentLoop<T> near = nullptr, any = nullptr;
+  explicit operator bool() const { return near != nullptr; }
+  FUSED_ELBO_INLINE void run(const LatentArrays<T>& arrays, int64_t begin, int64_t end) const {
+    if (!near(arrays, begin, end)) any(arrays, begin, end);
+  }
+};
+
+template <typename T>
+LatentLoops<T> forward_loops(const LoopChoice& wanted);
+template <typename T>
+LatentLoops<T> backward_loops(const LoopChoice& wanted);
+
+FUSED_ELBO_INLINE bool wants_nats(const LatentArgs& args, Pass pass) {
+  return pass != Pass::kBackward && args.kl.data != nullptr;
+}
 
 template <typename T>
 struct LatentBuffers;
@@ -43,9 +80,7 @@ class LatentWork {
   double total(int64_t row) const;
 
  private:
-  using Loop = void (*)(const LatentArrays<T>&, int64_t begin, int64_t end);
-
-  Loop choose_loop() const;
+  LatentLoops<T> choose_loops() const;
   void forward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const;
   void backward_unit(const NoiseGenerator& first, const Range& range, LatentBuffers<T>& buffers) const;
   void add_inputs(const Range& range, LatentBuffers<T>& buffers, LatentArrays<T>& arrays) const;
@@ -53,6 +88,7 @@ class LatentWork {
   const T* noise(const NoiseGenerator& generator, const Range& range, LatentBuffers<T>& buffers) const;
   void run_loop(const NoiseGenerator& generator, const Range& range, LatentArrays<T>& arrays,
                 LatentBuffers<T>& buffers) const;
+  bool sums_nats() const;
   bool repeats_coefficients(const Range& range) const;
   uint64_t noise_index(const Range& range) const;
   const T* coefficients(const Range& range, bool repeated, LatentBuffers<T>& buffers) const;
@@ -64,7 +100,7 @@ class LatentWork {
   bool channels_last_;  // the event is walked through in memory order (hw, channel), not in logical order
   double* partials_;    // [rows, segments], or null where units write their rows' results themselves
   Noise noise_;
-  Loop loop_;
+  LatentLoops<T> loops_;
   View mean_, logvar_, prior_mean_, prior_logvar_, mask_, z_, kl_, grad_z_, grad_kl_;
   View grad_mean_, grad_logvar_, grad_prior_mean_, grad_prior_logvar_;
 };

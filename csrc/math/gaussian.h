@@ -87,40 +87,77 @@ FUSED_ELBO_HD inline T exp(T x) {
   return x > C::kMax + T(0.35) ? infinity<T>() : value;
 }
 
-// Everything the Gaussian needs of one logvar, from one exponential.
+// Which logvars a formula is for: any, or those between -88 and 88 (-709 and 709 in double), which saves a quarter of
+// its operations. The formula for near ones tells by Far whether they were.
+enum class Reach { kNear, kAny };
+
+// Bits that say of one number, or of several after joining them by |, that one of them was not near.
+template <typename T>
+using Far = typename ExpConstants<T>::Bits;
+
+// h = n ln 2 + r with |n| up to half of the exponents: the distance from the lowest of these n is beyond their count
+// for any other h, and for NaN.
+template <typename T>
+FUSED_ELBO_HD inline Far<T> far_bits(T h) {
+  using C = ExpConstants<T>;
+  const T shifted = fma(h, T(1.44269504088896340736), C::kRound + static_cast<T>(C::kBias));
+  return bits(shifted) - (bits(C::kRound) + static_cast<Far<T>>(C::kBias / 2));
+}
+template <typename T>
+FUSED_ELBO_HD inline bool is_far(Far<T> bits) {
+  return bits > static_cast<Far<T>>(ExpConstants<T>::kBias);
+}
+
+// Everything the Gaussian needs of one logvar x, from one exponential.
 template <typename T>
 struct LogVarTerms {
-  T std;    // e^(x/2)
-  T phi;    // e^x - 1 - x, without cancellation and never negative
-  T expm1;  // e^x - 1
+  T std;       // e^(x/2)
+  T w;         // e^(x/2) - 1
+  T phi_half;  // e^(x/2) - 1 - x/2
 };
 
+// e^x - 1 - x, without cancellation and never negative.
 template <typename T>
+FUSED_ELBO_HD inline T phi_from(T w, T phi_half) {
+  return fma(w, w, phi_half + phi_half);
+}
+// e^x - 1, and half of it.
+template <typename T>
+FUSED_ELBO_HD inline T expm1_from(T w) {
+  return fma(w, w, w + w);
+}
+template <typename T>
+FUSED_ELBO_HD inline T half_expm1_from(T w) {
+  return fma(T(0.5) * w, w, w);
+}
+
+template <Reach kReach, typename T>
 FUSED_ELBO_HD inline LogVarTerms<T> logvar_terms(T x) {
   using C = ExpConstants<T>;
   constexpr T kLn2 = static_cast<T>(0.693147180559945309417);
   const Reduced<T> e = reduce_exp(T(0.5) * x, 0);
   const T em = e.power - T(1);
-  const T std = fma(e.power, e.q, e.power);
-  const T w = fma(e.power, e.q, em);  // expm1(x / 2)
-  // phi(x / 2) from small terms; this order of sums keeps phi within 4 ulp.
-  T phi_half = fma(e.n, -kLn2, em);
-  phi_half = fma(em, e.r, phi_half);
+  LogVarTerms<T> terms;
+  terms.std = fma(e.power, e.q, e.power);
+  terms.w = fma(e.power, e.q, em);
+  // From small terms; this order of sums keeps phi within 4 ulp.
+  terms.phi_half = fma(em, e.r, fma(e.n, -kLn2, em));
   if constexpr (sizeof(T) == 8) {
     // The rounding of ln 2 itself is 1.7 ulp of phi in double (0.3 in float): it joins the small terms first.
-    phi_half += fma(e.power, e.p, e.n * T(-2.319046813846299558e-17));
+    terms.phi_half += fma(e.power, e.p, e.n * T(-2.319046813846299558e-17));
   } else {
-    phi_half = fma(e.power, e.p, phi_half);
+    terms.phi_half = fma(e.power, e.p, terms.phi_half);
   }
-  LogVarTerms<T> terms{std, fma(w, w, phi_half + phi_half), fma(w, w, w + w)};
-  const bool below = x < 2 * C::kMin;
-  const bool above = x > 2 * C::kMax;
-  terms.std = below ? T(0) : terms.std;
-  terms.phi = below ? T(-1) - x : terms.phi;
-  terms.expm1 = below ? T(-1) : terms.expm1;
-  terms.std = above ? infinity<T>() : terms.std;
-  terms.phi = above ? infinity<T>() : terms.phi;
-  terms.expm1 = above ? infinity<T>() : terms.expm1;
+  if constexpr (kReach == Reach::kAny) {
+    const bool below = x < 2 * C::kMin;
+    const bool above = x > 2 * C::kMax;
+    terms.std = below ? T(0) : terms.std;
+    terms.w = below ? T(-1) : terms.w;
+    terms.phi_half = below ? fma(T(-0.5), x, T(-1)) : terms.phi_half;
+    terms.std = above ? infinity<T>() : terms.std;
+    terms.w = above ? infinity<T>() : terms.w;
+    terms.phi_half = above ? infinity<T>() : terms.phi_half;
+  }
   return terms;
 }
 
@@ -145,10 +182,55 @@ struct ClampedLogVarScale {
   }
 };
 
-// What the latent kernels compute per element: std for the sample, kl, and the derivatives of kl by mean and logvar.
+// e^(-x/2), 2 ulp; beyond the normal range 0 and infinite. The precision of a prior is taken as its square, one factor
+// on either side of the difference of the means: cheaper than e^-x, and overflows later.
+template <Reach kReach>
+FUSED_ELBO_HD inline float inverse_std(float x) {
+  using C = ExpConstants<float>;
+  const float h = -0.5f * x;
+  constexpr float kShift = C::kRound + static_cast<float>(C::kBias);
+  const float shifted = fma(h, 1.44269504f, kShift);
+  const float r = fma(shifted - kShift, -0.693147182f, h);
+  float value = from_bits(bits(shifted) << C::kMantissa) *
+                poly(r, 1.0f, 1.0f, 0.49999994f, 0.166664317f, 0.0416680016f, 0.00837416109f, 0.0013843647f);
+  if constexpr (kReach == Reach::kAny) {
+    value = h < C::kMin ? 0.0f : value;
+    value = h > C::kMax ? infinity<float>() : value;
+  }
+  return value;
+}
+template <Reach kReach>
+FUSED_ELBO_HD inline double inverse_std(double x) {
+  return exp(-0.5 * x);
+}
+
+// What the latent kernels compute per element: std for the sample; the distance of the means in standard deviations of
+// the prior, and the terms of the ratio of the variances, which make up the kl; its derivatives by mean and logvar.
 template <typename T>
 struct KlTerms {
-  T std, kl, by_mean, by_logvar;
+  T std, distance, w, phi_half, by_mean, by_logvar;
+  Far<T> far;
+};
+
+template <typename T>
+FUSED_ELBO_HD inline T kl(const KlTerms<T>& terms) {
+  return T(0.5) * fma(terms.distance, terms.distance, phi_from(terms.w, terms.phi_half));
+}
+
+// A sum of kl over elements, in two parts: an operation less for each element. To begin with one element, or to add it
+// to nothing, gives the same bits.
+template <typename T>
+struct KlSum {
+  T squares, rest;
+  FUSED_ELBO_HD inline KlSum(T squares, T rest) : squares(squares), rest(rest) {}
+  FUSED_ELBO_HD inline explicit KlSum(const KlTerms<T>& terms)
+      : squares(fma(terms.w, terms.w, terms.distance * terms.distance)), rest(terms.phi_half) {}
+  FUSED_ELBO_HD inline void add(const KlTerms<T>& terms) {
+    squares = fma(terms.distance, terms.distance, squares);
+    squares = fma(terms.w, terms.w, squares);
+    rest = rest + terms.phi_half;
+  }
+  FUSED_ELBO_HD inline T value() const { return fma(T(0.5), squares, rest); }
 };
 
 template <typename T>
@@ -157,28 +239,33 @@ struct PriorGradient {
 };
 
 // p = N(0, 1).
-template <typename T>
+template <typename T, Reach kReachable>
 struct StandardPrior {
   static constexpr bool kLearned = false;
+  static constexpr Reach kReach = kReachable;
   FUSED_ELBO_HD inline KlTerms<T> terms(T mean, T logvar) const {
-    const LogVarTerms<T> e = logvar_terms(logvar);
-    return {e.std, T(0.5) * fma(mean, mean, e.phi), mean, T(0.5) * e.expm1};
+    const LogVarTerms<T> e = logvar_terms<kReach>(logvar);
+    return {e.std, mean, e.w, e.phi_half, mean, half_expm1_from(e.w), far_bits(T(0.5) * logvar)};
   }
 };
 
 // p = N(mean, e^logvar).
-template <typename T>
+template <typename T, Reach kReachable>
 struct GaussianPrior {
   static constexpr bool kLearned = true;
+  static constexpr Reach kReach = kReachable;
   T mean, logvar;
   FUSED_ELBO_HD inline KlTerms<T> terms(T q_mean, T q_logvar) const {
-    const LogVarTerms<T> ratio = logvar_terms(q_logvar - logvar);
-    const T difference = q_mean - mean;
-    const T scaled = difference * exp(-logvar);
-    return {logvar_terms(q_logvar).std, T(0.5) * fma(scaled, difference, ratio.phi), scaled, T(0.5) * ratio.expm1};
+    const T difference = q_logvar - logvar;
+    const LogVarTerms<T> ratio = logvar_terms<kReach>(difference);
+    const T inverse = inverse_std<kReach>(logvar);
+    const T distance = (q_mean - mean) * inverse;
+    const Far<T> far = far_bits(T(0.5) * difference) | far_bits(T(0.5) * q_logvar) | far_bits(T(-0.5) * logvar);
+    return {logvar_terms<kReach>(q_logvar).std, distance, ratio.w, ratio.phi_half, distance * inverse,
+            half_expm1_from(ratio.w),           far};
   }
-  FUSED_ELBO_HD inline PriorGradient<T> gradient(T q_mean, const KlTerms<T>& kl) const {
-    return {-kl.by_mean, -fma(T(0.5) * kl.by_mean, q_mean - mean, kl.by_logvar)};
+  FUSED_ELBO_HD inline PriorGradient<T> gradient(const KlTerms<T>& terms) const {
+    return {-terms.by_mean, -fma(T(0.5) * terms.distance, terms.distance, terms.by_logvar)};
   }
 };
 

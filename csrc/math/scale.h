@@ -101,7 +101,7 @@ FUSED_ELBO_HD inline Clamped<T> soft_clamp(T p, const ScaleNumbers<T>& numbers) 
   const T middle = T(0.5) * (numbers.clamp_min + numbers.clamp_max);
   const T y = (p - middle) / half;
   const T magnitude = y < T(0) ? -y : y;
-  const T grown = logvar_terms(magnitude > T(20) ? T(40) : T(2) * magnitude).expm1;  // e^2|y| - 1
+  const T grown = expm1_from(logvar_terms<Reach::kNear>(magnitude > T(20) ? T(40) : T(2) * magnitude).w);  // e^2|y| - 1
   const T tanh = grown / (grown + T(2));
   const T slope = T(4) * (grown + T(1)) / ((grown + T(2)) * (grown + T(2)));  // 1 - tanh^2, without cancellation
   return {fma(half, y < T(0) ? -tanh : tanh, middle), slope};

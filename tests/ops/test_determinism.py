@@ -7,6 +7,7 @@ from fused_elbo import (
     DiagonalGaussian,
     NoiseKey,
     elbo_loss,
+    gaussian_kl,
     gaussian_log_likelihood,
     reparameterize_kl,
 )
@@ -99,7 +100,7 @@ def test_a_row_of_a_batch_is_the_row_alone(dtype, device, interpreted):
     for shape in (
         [(5, 37), (3, 2_001)]
         if interpreted
-        else [(9, 7), (5, 37), (40, 130), (4, 20_003), (3, 2, 5, 9)]
+        else [(9, 7), (5, 37), (40, 130), (4, 20_003), (2, 300_000), (3, 2, 5, 9)]
     ):
         tensors = [leaf(*shape, dtype=dtype, device=device) for _ in range(4)]
         whole = per_row(tensors, KEY)
@@ -118,6 +119,45 @@ def test_a_larger_batch_begins_with_the_smaller(device, interpreted):
         part = per_row([t.detach()[: shape[0] // 3].requires_grad_() for t in tensors], KEY)
         for a, e in zip(part, whole, strict=True):
             assert torch.equal(a, e[: shape[0] // 3])
+
+
+@pytest.mark.parametrize("extreme", [170.0, -400.0, float("nan")])
+@pytest.mark.parametrize("where", [1, 3], ids=["logvar", "prior logvar"])
+def test_an_extreme_logvar_changes_no_bit_of_its_neighbours(where, extreme, device, interpreted):
+    """The CPU's loops for logvars near 0 leave such a block to loops for any logvar."""
+
+    def elements(tensors, with_prior):
+        arguments = tensors if with_prior else tensors[:2]
+        z, kl = reparameterize_kl(*arguments, key=KEY, reduction="none")
+        row_kl = reparameterize_kl(*arguments, key=KEY)[1]
+        grads = torch.autograd.grad([z.sum(), kl.sum(), row_kl.sum()], arguments)
+        return [z, kl, *grads], row_kl
+
+    for shape in [(4, 65)] if interpreted else [(9, 7), (40, 130), (3, 5_000)]:
+        tensors = [leaf(*shape, device=device) for _ in range(4)]
+        changed = [t.detach().clone() for t in tensors]
+        changed[where][1, 5] = extreme
+        changed = [t.requires_grad_() for t in changed]
+        others = torch.ones(shape, dtype=torch.bool, device=device)
+        others[1, 5] = False
+        for with_prior in (False, True) if where == 1 else (True,):
+            expected, expected_rows = elements(tensors, with_prior)
+            actual, actual_rows = elements(changed, with_prior)
+            for a, e in zip(actual, expected, strict=True):
+                assert torch.equal(a[others], e[others]), f"{shape}"
+            assert not torch.equal(actual[1][1, 5], expected[1][1, 5])
+            assert torch.equal(actual_rows[[0, 2]], expected_rows[[0, 2]])
+
+
+def test_the_kl_alone_is_the_kl_beside_samples(device, interpreted):
+    for shape in [(4, 65)] if interpreted else [(9, 7), (40, 130), (3, 5_000)]:
+        for dtype in (torch.float32, torch.float64):
+            tensors = [leaf(*shape, dtype=dtype, device=device) for _ in range(4)]
+            for arguments in (tensors[:2], tensors):
+                alone = gaussian_kl(*arguments)
+                for num_samples in (None, 2):
+                    kl = reparameterize_kl(*arguments, key=KEY, num_samples=num_samples)[1]
+                    assert torch.equal(alone, kl), f"{shape}, {dtype}, {num_samples} samples"
 
 
 def test_where_a_tensor_lies_in_memory_changes_no_bit(device, interpreted):

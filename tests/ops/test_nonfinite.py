@@ -55,6 +55,18 @@ def test_a_logvar_beyond_all_bounds_gives_the_limit_of_the_kl(dtype, logvar, dev
     assert kl[1].item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], **ids)
+def test_a_far_logvar_in_a_long_row_counts_once(dtype, device, interpreted):
+    """The CPU repeats a block that has one; what the first loop has summed must not remain."""
+    shape = (2, 400) if interpreted else (2, 5_000)
+    mean = leaf(*shape, dtype=dtype, device=device).detach()
+    logvar = leaf(*shape, dtype=dtype, device=device).detach()
+    logvar[1, [3, 300, -1]] = -100.0 if dtype == torch.float32 else -1500.0
+    exact = (0.5 * (mean.double() ** 2 + logvar.double().exp() - 1 - logvar.double())).sum(1)
+    for kl in (gaussian_kl(mean, logvar), reparameterize_kl(mean, logvar, key=KEY)[1]):
+        assert ((kl - exact).abs() <= 1e-6 * exact).all()
+
+
 @pytest.mark.parametrize("logvar", [INF, -INF, NAN])
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
 def test_a_logvar_beyond_all_bounds_gives_the_limit_of_z(dtype, logvar, device):
