@@ -236,6 +236,12 @@ void LatentWork<T>::run_loop(const NoiseGenerator& generator, const Range& range
   const T* const all = coefficients_wanted ? coefficients(range, repeated, buffers) : nullptr;
   for (int64_t begin = 0; begin < count; begin += block) {
     const int64_t end = count < begin + block ? count : begin + block;
+    if (pass_ == Pass::kForward) {
+      fetch_for_writing(arrays.z + begin, end - begin);
+    } else {
+      fetch_for_writing(arrays.grad_mean + begin, end - begin);
+      fetch_for_writing(arrays.grad_logvar + begin, end - begin);
+    }
     arrays.eps = normals(generator, index + begin, end - begin, buffers.noise);
     arrays.coefficient = coefficients_wanted && !repeated ? all + begin : all;
     loops_.run(arrays, begin, end);
