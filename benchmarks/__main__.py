@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, reason in run.skipped.items():
         print(f"skipped: {name}: {reason}")
     if fused:
-        print(targets.report(run.rows, fused))
+        print(targets.report(run.rows, fused, found["capability"]))
     print(
         *[out / "results.csv", out / "summary.md", *([] if options.no_plots else plots.draw(out))],
         sep="\n",

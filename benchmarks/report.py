@@ -23,15 +23,15 @@ def markdown(rows: list[Row], environment: dict[str, Any], fused: str | None, co
         *(f"- skipped: {name}: {reason}" for name, reason in environment["skipped"].items()),
     ]
     if fused is not None:
-        sections += ["\n## Promises\n", *_promises(rows, fused)]
+        sections += ["\n## Promises\n", *_promises(rows, fused, environment["capability"])]
         sections += ["\n## Where the package loses\n", *_losses(rows, fused)]
         sections += ["\n## Times\n", *_times(rows, fused)]
     return "\n".join(sections) + "\n"
 
 
-def _promises(rows: list[Row], fused: str) -> Iterator[str]:
+def _promises(rows: list[Row], fused: str, capability: str | None) -> Iterator[str]:
     yield "| claim | target | measured | |\n|---|---|---|---|"
-    for result in targets.results(rows, fused):
+    for result in targets.results(rows, fused, capability):
         verdict = _VERDICT[result.holds]
         yield f"| {result.claim} | {result.target} | {result.measured} | {verdict} |"
 

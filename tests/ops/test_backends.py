@@ -17,9 +17,13 @@ TENSOR = torch.zeros(2, 3)
 @pytest.fixture
 def fresh(monkeypatch):
     """Nothing chosen, nothing remembered."""
-    monkeypatch.delenv("FUSED_ELBO_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "_selected", {})
-    monkeypatch.setattr(backends, "_override", None)
+    with monkeypatch.context() as patched:
+        patched.delenv("FUSED_ELBO_BACKEND", raising=False)
+        patched.setattr(backends, "_selected", {})
+        patched.setattr(backends, "_override", None)
+        backends._direct_fastpath()
+        yield
+    backends._direct_fastpath()
 
 
 def broken(name, devices=("cpu",)):

@@ -338,6 +338,47 @@ def test_the_profiler_shows_the_operations_by_name() -> None:
     assert "fused_elbo::elbo_forward" in shapes
 
 
+@pytest.fixture
+def graphs() -> Iterator[list[torch.fx.GraphModule]]:
+    """What backward is compiled into inside."""
+    compiled_autograd = importlib.import_module("torch._dynamo.compiled_autograd")
+    found: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        found.append(graph)
+        return graph
+
+    on = importlib.import_module("torch._dynamo.config").patch(compiled_autograd=True)
+    with on, compiled_autograd._enable(compiler):
+        yield found
+    compiled_autograd.reset()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_autograd_has_the_nodes_in_its_graph(
+    name: str, graphs: list[torch.fx.GraphModule]
+) -> None:
+    inputs = leaves(EVENT, EVENT, EVENT, EVENT, (3, 1), (), (6,))
+    found = run(CALLS[name], inputs)
+    with torch._dynamo.compiled_autograd._disable():
+        expected = run(CALLS[name], inputs)
+    assert len(graphs) == 1
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+def test_compiled_autograd_compiles_once_for_all_keys(graphs: list[torch.fx.GraphModule]) -> None:
+    mean, logvar = leaves((2, 3), (2, 3))
+    for key in (NoiseKey(5), NoiseKey(6, 1, 2)):
+        z, kl = reparameterize_kl(mean, logvar, key=key)
+        (grad,) = torch.autograd.grad(z.sum() + kl.sum(), logvar)
+        eps = (z - mean) / (logvar / 2).exp()
+        expected = (eps * (logvar / 2).exp() + logvar.exp() - 1) / 2
+        torch.testing.assert_close(grad, expected)
+    assert len(graphs) == 1
+
+
 def test_nothing_is_kept_alive() -> None:
     mean, logvar = leaves((256, 1024), (256, 1024))
     gone = []
