@@ -19,18 +19,16 @@ import functools
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script
+from benchmarks import cubins
+
 ARCHS = ("80", "90", "100", "120")
 THREADS = 256
 
@@ -186,79 +184,12 @@ TRAFFIC = {
 SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
 
 
-def nvcc_path() -> str:
-    sys.path.insert(0, str(ROOT))
-    try:
-        from build_support.nvcc import find_nvcc
-    finally:
-        sys.path.pop(0)
-    return str(find_nvcc().path)
-
-
-def cuobjdump_path() -> str:
-    """CUDA's disassembler: on PATH, or in triton's wheel."""
-    spec = find_spec("triton")
-    if spec is not None and spec.submodule_search_locations:
-        shipped = Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
-        if shipped.exists():
-            return str(shipped)
-    found = shutil.which("cuobjdump")
-    if found is None:
-        raise RuntimeError(
-            "cuobjdump is neither on PATH nor in an installed triton: pip install triton"
-        )
-    return found
-
-
-def target_flags(arch: str) -> list[str]:
-    """nvcc's options for one architecture, by way of the PTX that the wheel's code is made of."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from build_support.nvcc import DEFAULT_ARCHS, arch_flags
-    finally:
-        sys.path.pop(0)
-    wheel = " ".join(arch_flags(DEFAULT_ARCHS.split(";")))
-    through = re.search(rf"compute_(\d+),code=\[[^]]*sm_{arch}\b", wheel)
-    return [f"-arch=compute_{through[1] if through else arch}", f"-code=sm_{arch}"]
-
-
-def sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-
-
 def compile_kernels(archs: Sequence[str], files: Iterable[Path] | None = None) -> list[Kernel]:
     """All entry points of csrc/cuda (or of `files`) for each architecture."""
-    nvcc, cuobjdump = nvcc_path(), cuobjdump_path()
-    jobs = [(file, arch) for file in (files or sources()) for arch in archs]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-
-        def one(job: tuple[Path, str]) -> list[Kernel]:
-            file, arch = job
-            cubin = Path(folder) / f"{file.stem}.{arch}.cubin"
-            _run(
-                [
-                    nvcc,
-                    "-std=c++17",
-                    "-O3",
-                    "-cubin",
-                    *target_flags(arch),
-                    str(file),
-                    "-o",
-                    str(cubin),
-                ]
-            )
-            usage = _run([cuobjdump, "--dump-resource-usage", str(cubin)])
-            sass = _run([cuobjdump, "--dump-sass", str(cubin)])
-            return parse(usage, sass, arch)
-
-        return [kernel for kernels in pool.map(one, jobs) for kernel in kernels]
-
-
-def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
-    return done.stdout
+    jobs = [(file, arch) for file in (files or cubins.sources()) for arch in archs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda job: parse(*cubins.disassemble(*job), job[1]), jobs)
+        return [kernel for kernels in found for kernel in kernels]
 
 
 def parse(usage: str, sass: str, arch: str) -> list[Kernel]:

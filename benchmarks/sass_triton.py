@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import sass
+from benchmarks import cubins, sass
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ def triton_kernels(arch: str) -> Iterator[tuple[Work, str, sass.Kernel]]:
     from fused_elbo.triton import aot
 
     wanted = {(work.variant, work.kernel): work for work in WORK}
-    cuobjdump = sass.cuobjdump_path()
     for dtype in CUDA_TYPES:
         torch_dtype = getattr(torch, dtype)
         for name, launch in aot.launches(torch_dtype):
@@ -80,8 +79,7 @@ def triton_kernels(arch: str) -> Iterator[tuple[Work, str, sass.Kernel]]:
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder) / "kernel.cubin"
                 cubin.write_bytes(variant.compiled.asm["cubin"])
-                usage = sass._run([cuobjdump, "--dump-resource-usage", str(cubin)])
-                code = sass._run([cuobjdump, "--dump-sass", str(cubin)])
+                usage, code = cubins.dump(cubin)
             (kernel,) = sass.parse(usage, code, arch)
             kernel.inputs, kernel.moved = (
                 n * torch_dtype.itemsize for n in (work.read, work.moved)

@@ -59,16 +59,10 @@ class Job:
     def is_current(self) -> bool:
         """Whether the object is what this command would make from the files as they are now."""
         try:
-            if self.stamp.read_text() != self._identity():
-                return False
-            built = self.object.stat().st_mtime_ns
-            return all(path.stat().st_mtime_ns < built for path in self._dependencies())
+            same = self.stamp.read_text() == self._identity()
+            return same and is_newer_than_its_sources(self.object)
         except OSError:
             return False
-
-    def _dependencies(self) -> list[Path]:
-        prerequisites = self.depfile.read_text().replace("\\\n", " ").split(": ", 1)[1]
-        return [Path(name) for name in shlex.split(prerequisites)]
 
     def run(self) -> None:
         self.object.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +79,18 @@ class Job:
         print(f"  {self.object.name:34} {(time.time_ns() - started) / 1e9:5.1f} s", flush=True)
         if done.stdout.strip():
             print(done.stdout, end="", flush=True)
+
+
+def is_newer_than_its_sources(object: Path) -> bool:
+    """Whether nothing that the compiler read has changed since.
+
+    Raises:
+        OSError: a file is missing.
+    """
+    text = object.with_suffix(".d").read_text()
+    prerequisites = text.replace("\\\n", " ").split(": ", 1)[1]
+    built = object.stat().st_mtime_ns
+    return all(Path(name).stat().st_mtime_ns < built for name in shlex.split(prerequisites))
 
 
 def default_workers() -> int:

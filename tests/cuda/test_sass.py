@@ -16,6 +16,7 @@ pytestmark = pytest.mark.xdist_group("sass")  # what its fixtures make is made o
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks import sass  # noqa: E402
+from build_support.nvcc import find_nvcc  # noqa: E402
 
 # Instructions per element in the main loop on sm_90, without a clamp.
 BOUNDS = {
@@ -38,7 +39,7 @@ PAIRED_BOUNDS = {
 @pytest.fixture(scope="module")
 def kernels() -> Sequence[sass.Kernel]:
     try:
-        sass.nvcc_path()
+        find_nvcc()
     except Exception as error:
         pytest.skip(f"needs nvcc: {error}")
     return sass.compile_kernels(["90"])
