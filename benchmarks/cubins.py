@@ -3,6 +3,7 @@ one), no GPU."""
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -12,9 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from build_support.compile import is_newer_than_its_sources
-from build_support.nvcc import DEFAULT_ARCHS, arch_flags, find_nvcc
+from build_support.nvcc import DEFAULT_ARCHS, Nvcc, arch_flags, find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@functools.cache
+def _nvcc() -> Nvcc:
+    return find_nvcc()
 
 
 def sources() -> list[Path]:
@@ -56,14 +62,14 @@ def disassemble(source: Path, arch: str) -> tuple[str, str]:
         return dump(built, arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{source.stem}.cubin"
-        nvcc = str(find_nvcc().path)
+        nvcc = str(_nvcc().path)
         run([nvcc, "-std=c++17", "-O3", "-cubin", *_flags(arch), str(source), "-o", str(cubin)])
         return dump(cubin)
 
 
 def _is_current(built: Path) -> bool:
     try:
-        same_nvcc = built.with_suffix(".cmd").read_text().startswith(find_nvcc().version_text)
+        same_nvcc = built.with_suffix(".cmd").read_text().startswith(_nvcc().version_text)
         return same_nvcc and is_newer_than_its_sources(built)
     except OSError:
         return False

@@ -19,7 +19,7 @@ class Ratio:
     eager: str = "eager"
 
 
-# torch's own kernels lose less to 256-bit vectors than a kernel that computes all it can hide.
+# The ratios were set with AVX-512; of the prototype's, about this much was left with AVX2.
 AVX2_SHARE = 0.55
 
 RATIOS = (

@@ -8,6 +8,8 @@ namespace fused_elbo {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+constexpr int64_t item_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 // How nats leave a kernel. kOff: that output is not wanted.
 enum class Reduction : int32_t { kOff = -1, kNone = 0, kSample = 1, kSum = 2, kBatchMean = 3 };
 

@@ -55,32 +55,9 @@ FUSED_ELBO_INLINE void narrow_group(const float* lanes, Float16* to) { narrow_ru
 // Whether groups from here on can be streamed.
 FUSED_ELBO_INLINE bool is_line(const void* at) { return reinterpret_cast<uintptr_t>(at) % 64 == 0; }
 
-// Past the caches: saves reading what the line held before.
 template <typename Stored>
 FUSED_ELBO_INLINE void stream_group(const Stored* lanes, Stored* to) {
-  constexpr int kBytes = kLanes * sizeof(Stored);
-  const char* const from = reinterpret_cast<const char*>(lanes);
-  char* const out = reinterpret_cast<char*>(to);
-#if defined(__AVX512F__)
-  if constexpr (kBytes >= 64) {
-    for (int i = 0; i < kBytes; i += 64) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(from + i));
-    }
-    return;
-  }
-#endif
-#if defined(__AVX2__)
-  for (int i = 0; i < kBytes; i += 32) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
-  }
-#elif defined(__SSE2__)
-  for (int i = 0; i < kBytes; i += 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-  }
-#else
-  __builtin_memcpy(out, from, kBytes);
-#endif
+  stream<kLanes * sizeof(Stored)>(reinterpret_cast<const char*>(lanes), reinterpret_cast<char*>(to));
 }
 
 // Where a loop finds the group that begins at from: where it is, or converted in lanes.

@@ -33,9 +33,8 @@ bool is_constant_per_event(const LikelihoodArgs& args) {
 
 // Bytes of everything that has an element for each of the shape, one gradient among it.
 int64_t bytes_with_gradient(const LikelihoodArgs& args) {
-  const int64_t item = args.dtype == DType::kFloat64 ? 8 : args.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t tensors = args.grad_logvar.data != nullptr && args.logvar_inner == 1 ? 5 : 3;
-  return tensors * item * args.shape.samples * args.shape.rows * args.shape.event;
+  return tensors * item_size(args.dtype) * args.shape.samples * args.shape.rows * args.shape.event;
 }
 
 // Gradients are stored past the caches where that saves reading what their memory held before. In place it wins, a

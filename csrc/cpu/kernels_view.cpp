@@ -128,27 +128,15 @@ FUSED_ELBO_INLINE void load_any(const View& view, const Range& range, To* to) {
   }
 }
 
-// memcpy whose stores bypass the caches: reading the old contents first would cost a third of the traffic.
+// memcpy whose whole lines bypass the caches: reading the old contents first would cost a third of the traffic.
 void stream_bytes(const char* from, int64_t bytes, char* to) {
-#if defined(__SSE2__)
-  constexpr int64_t kLine = 64;
+  constexpr int kLine = 64;
   const int64_t misaligned = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLine);
   const int64_t head = misaligned < bytes ? misaligned : bytes;
   __builtin_memcpy(to, from, head);
   int64_t i = head;
-  for (; i + kLine <= bytes; i += kLine) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-#else
-    for (int64_t j = i; j < i + kLine; j += 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
-    }
-#endif
-  }
+  for (; i + kLine <= bytes; i += kLine) stream<kLine>(from + i, to + i);
   __builtin_memcpy(to + i, from + i, bytes - i);
-#else
-  __builtin_memcpy(to, from, bytes);
-#endif
 }
 
 template <typename To, typename From>

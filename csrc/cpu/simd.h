@@ -40,6 +40,36 @@ FUSED_ELBO_INLINE void fetch_for_writing(T* to, int64_t count) {
 #endif
 }
 
+// Copies kBytes, a multiple of 16, to a multiple of its registers' size, past the caches: saves reading what the lines
+// held before.
+template <int kBytes>
+FUSED_ELBO_INLINE void stream(const char* from, char* to) {
+#if defined(__AVX512F__)
+  if constexpr (kBytes % 64 == 0) {
+    for (int i = 0; i < kBytes; i += 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+    }
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kBytes % 32 == 0) {
+    for (int i = 0; i < kBytes; i += 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+    }
+    return;
+  }
+#endif
+#if defined(__SSE2__)
+  for (int i = 0; i < kBytes; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  }
+#else
+  __builtin_memcpy(to, from, kBytes);
+#endif
+}
+
 // 32-bit lanes of the widest register.
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;

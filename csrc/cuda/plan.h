@@ -67,7 +67,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Elements in a thread's unit where 16-byte accesses serve every operand, and where not.
 inline int unit_elements(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat64 ? 4 : 8; }
 constexpr int kStridedUnit = 4;
-inline int64_t item_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // The event dimensions of a call, cut so that the last `segment` elements are whole dimensions.
 struct EventDims {

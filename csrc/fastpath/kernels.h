@@ -18,12 +18,18 @@ using Optional = std::optional<Tensor>;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kOff = -1, kNone = 0, kSample = 1, kSum = 2, kBatchmean = 3;
 
-// Words of 64 bits alone, which a graph of compiled autograd carries as a tensor.
+// Words of 64 bits alone, which a graph of compiled autograd carries as a tensor. each calls visit with every field in
+// the order of Python's NamedTuple.
 
 // Python's ScaleParams.
 struct Scale {
   int64_t code = 0;
   double floor = 0, clamp_min = -kInfinity, clamp_max = kInfinity;
+
+  template <class Visit>
+  void each(Visit&& visit) {
+    visit(code), visit(floor), visit(clamp_min), visit(clamp_max);
+  }
 };
 // Python's LatentParams and LikelihoodParams.
 struct LatentParams {
@@ -31,17 +37,35 @@ struct LatentParams {
   Scale scale;
   int64_t want_z = true;
   int64_t reduction = kSample;
+
+  template <class Visit>
+  void each(Visit&& visit) {
+    visit(seed_value), visit(stream), visit(row_offset), visit(num_samples), visit(chunk_dim);
+    scale.each(visit);
+    visit(want_z), visit(reduction);
+  }
 };
 struct LikelihoodParams {
   double logvar_value = 0;
   int64_t batch_dims = 1, reduction = kSample;
   Scale scale;
+
+  template <class Visit>
+  void each(Visit&& visit) {
+    visit(logvar_value), visit(batch_dims), visit(reduction);
+    scale.each(visit);
+  }
 };
-// Python's ELBOParams.
+// Python's ELBOParams, whose scale is a tuple of its own.
 struct ElboParams {
   double recon_logvar_value = 0, beta_value = 1;
   int64_t reduction = kBatchmean;
   Scale scale;
+
+  template <class Visit>
+  void each(Visit&& visit) {
+    visit(recon_logvar_value), visit(beta_value), visit(reduction), visit(scale);
+  }
 };
 
 // On the CPU the operations are called directly, and appear in torch.profiler by their names all the same.

@@ -42,59 +42,26 @@ bool take_number(PyObject* argument, double& to) {
   return to == to;
 }
 
-// The fields of a NamedTuple, in order.
-class Fields {
+// Reads fields from a NamedTuple, in order.
+class Reader {
  public:
-  explicit Fields(PyObject* tuple) : tuple_(tuple) {}
-  PyObject* next() { return PyTuple_GET_ITEM(tuple_, at_++); }
-  int64_t integer() { return fastpath::integer(next()); }
-  double number() { return fastpath::number(next()); }
-  Scale scale() {
-    Scale s;
-    s.code = integer();
-    s.floor = number();
-    s.clamp_min = number();
-    s.clamp_max = number();
-    return s;
-  }
+  explicit Reader(PyObject* tuple) : tuple_(tuple) {}
+  void operator()(int64_t& field) { field = integer(next()); }
+  void operator()(double& field) { field = number(next()); }
+  void operator()(Scale& field) { field.each(Reader(next())); }
 
  private:
+  PyObject* next() { return PyTuple_GET_ITEM(tuple_, at_++); }
+
   PyObject* tuple_;
   Py_ssize_t at_ = 0;
 };
 
-LatentParams latent_params(PyObject* tuple) {
-  Fields fields(tuple);
-  LatentParams p;
-  p.seed_value = fields.integer();
-  p.stream = fields.integer();
-  p.row_offset = fields.integer();
-  p.num_samples = fields.integer();
-  p.chunk_dim = fields.integer();
-  p.scale = fields.scale();
-  p.want_z = fields.integer() != 0;
-  p.reduction = fields.integer();
-  return p;
-}
-
-LikelihoodParams likelihood_params(PyObject* tuple) {
-  Fields fields(tuple);
-  LikelihoodParams p;
-  p.logvar_value = fields.number();
-  p.batch_dims = fields.integer();
-  p.reduction = fields.integer();
-  p.scale = fields.scale();
-  return p;
-}
-
-ElboParams elbo_params(PyObject* tuple) {
-  Fields fields(tuple);
-  ElboParams p;
-  p.recon_logvar_value = fields.number();
-  p.beta_value = fields.number();
-  p.reduction = fields.integer();
-  p.scale = Fields(fields.next()).scale();
-  return p;
+template <class Params>
+Params from_python(PyObject* tuple) {
+  Params params;
+  params.each(Reader(tuple));
+  return params;
 }
 
 // A reduction by name; false for what is not one of them.
@@ -134,7 +101,7 @@ PyObject* to_python(const std::array<Tensor, 3>& outputs) { return wrap_all(outp
 PyObject* checked_latent(PyObject* const* arguments) {
   LatentTensors inputs;
   if (!nobody_watches() || !take_all(arguments, inputs)) return pass();
-  const auto [z, kl] = latent(inputs, latent_params(arguments[6]));
+  const auto [z, kl] = latent(inputs, from_python<LatentParams>(arguments[6]));
   return pair(z, kl);
 }
 
@@ -142,14 +109,14 @@ PyObject* checked_latent(PyObject* const* arguments) {
 PyObject* checked_likelihood(PyObject* const* arguments) {
   LikelihoodTensors inputs;
   if (!nobody_watches() || !take_all(arguments, inputs)) return pass();
-  return wrap(likelihood(inputs, likelihood_params(arguments[4])));
+  return wrap(likelihood(inputs, from_python<LikelihoodParams>(arguments[4])));
 }
 
 // elbo(*ELBOInputs, ELBOParams) -> (loss, log_likelihood, kl)
 PyObject* checked_elbo(PyObject* const* arguments) {
   ElboTensors inputs;
   if (!nobody_watches() || !take_all(arguments, inputs)) return pass();
-  const ElboParams params = elbo_params(arguments[8]);
+  const ElboParams params = from_python<ElboParams>(arguments[8]);
   if (divides_float16(inputs, params)) return pass();
   return to_python(elbo(inputs, params));
 }

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <bitset>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -108,12 +109,15 @@ inline Formulas& formulas() {
   return all;
 }
 
+// Which gradients of a node are asked for; which tensors are defined.
+using Wanted = std::bitset<8>;
+using Defined = std::bitset<16>;
+
 // Gradients from a formula's tuple; None and what is not wanted are left undefined.
-inline variable_list gradients_of(PyObject* result, const std::vector<bool>& wanted) {
-  variable_list grads(wanted.size());
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    PyObject* const grad = PyTuple_GetItem(result, static_cast<Py_ssize_t>(i));
-    if (grad == nullptr) throw python_error();
+inline variable_list gradients_of(PyObject* tuple, Wanted wanted) {
+  variable_list grads(static_cast<size_t>(PyTuple_GET_SIZE(tuple)));
+  for (size_t i = 0; i < grads.size(); ++i) {
+    PyObject* const grad = PyTuple_GET_ITEM(tuple, i);
     if (grad != Py_None && wanted[i]) grads[i] = THPVariable_Unpack(grad);
   }
   return grads;
@@ -151,15 +155,16 @@ struct Operation : Node {
 
     // A list of tensors may not hold an undefined one.
     variable_list defined{words_};
-    std::vector<bool> is_defined;
-    for (const Tensor& each : saved.unpack()) {
-      is_defined.push_back(each.defined());
-      if (each.defined()) defined.push_back(each);
+    Defined is_defined;
+    const Tensors tensors = saved.unpack();
+    for (size_t i = 0; i < kTensors; ++i) {
+      is_defined[i] = tensors[i].defined();
+      if (is_defined[i]) defined.push_back(tensors[i]);
     }
     dynamo::PackedArgs arguments;
     arguments.pack(defined);
-    arguments.pack(is_defined);
-    arguments.pack(wanted());
+    arguments.pack(static_cast<int64_t>(is_defined.to_ulong()));
+    arguments.pack(static_cast<int64_t>(wanted().to_ulong()));
     std::vector<c10::TypePtr> types;
     for (const c10::IValue& each : arguments.vec()) types.push_back(each.type());
 
@@ -177,17 +182,17 @@ struct Operation : Node {
   }
 
  private:
-  std::vector<bool> wanted() const {
-    std::vector<bool> result;
-    for (size_t i = 0; i < this->num_outputs(); ++i) result.push_back(this->task_should_compute_output(i));
+  Wanted wanted() const {
+    Wanted result;
+    for (size_t i = 0; i < this->num_outputs(); ++i) result[i] = this->task_should_compute_output(i);
     return result;
   }
 
   static variable_list apply_packed(const variable_list& upstream, const std::vector<c10::IValue>& packed) {
     torch::dynamo::autograd::PackedArgs arguments(packed);
     const auto defined = arguments.unpack<variable_list>();
-    const auto is_defined = arguments.unpack<std::vector<bool>>();
-    const auto wanted = arguments.unpack<std::vector<bool>>();
+    const Defined is_defined(static_cast<uint64_t>(arguments.unpack<int64_t>()));
+    const Wanted wanted(static_cast<uint64_t>(arguments.unpack<int64_t>()));
     Tensors tensors;
     for (size_t i = 0, next = 1; i < kTensors; ++i) {
       if (is_defined[i]) tensors[i] = defined[next++];

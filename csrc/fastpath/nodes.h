@@ -11,28 +11,37 @@
 
 namespace fused_elbo::fastpath {
 
-inline Object to_python(const Scale& s) {
-  return own(Py_BuildValue("(Lddd)", s.code, s.floor, s.clamp_min, s.clamp_max));
-}
+// Writes fields into a tuple, in order.
+class Writer {
+ public:
+  void operator()(int64_t field) { append(own(PyLong_FromLongLong(field))); }
+  void operator()(double field) { append(own(PyFloat_FromDouble(field))); }
+  void operator()(Scale& field) {
+    Writer inner;
+    field.each(inner);
+    append(inner.tuple());
+  }
+  Object tuple() const { return own(PyList_AsTuple(list_.get())); }
 
-inline Object to_python(const LatentParams& p) {
-  return own(Py_BuildValue("(LLLLLLdddOL)", p.seed_value, p.stream, p.row_offset, p.num_samples, p.chunk_dim,
-                           p.scale.code, p.scale.floor, p.scale.clamp_min, p.scale.clamp_max,
-                           p.want_z ? Py_True : Py_False, p.reduction));
-}
-inline Object to_python(const LikelihoodParams& p) {
-  return own(Py_BuildValue("(dLLLddd)", p.logvar_value, p.batch_dims, p.reduction, p.scale.code, p.scale.floor,
-                           p.scale.clamp_min, p.scale.clamp_max));
-}
-inline Object to_python(const ElboParams& p) {
-  const Object scale = to_python(p.scale);
-  return own(Py_BuildValue("(ddLO)", p.recon_logvar_value, p.beta_value, p.reduction, scale.get()));
+ private:
+  void append(const Object& value) {
+    if (PyList_Append(list_.get(), value.get()) != 0) throw python_error();
+  }
+
+  Object list_ = own(PyList_New(0));
+};
+
+template <class Params>
+Object to_python(Params params) {
+  Writer writer;
+  params.each(writer);
+  return writer.tuple();
 }
 
 // A formula's gradients for saved inputs and upstream gradients; its arguments are (inputs, params, *upstream).
 template <size_t kInputs, class Params, size_t kUpstream>
 variable_list run_formula(PyObject* formula, const std::array<Tensor, kInputs>& inputs, const Params& params,
-                          const std::array<Tensor, kUpstream>& upstream, const std::vector<bool>& wanted) {
+                          const std::array<Tensor, kUpstream>& upstream, Wanted wanted) {
   const WithGil gil;
   try {
     const Object arguments = own(PyTuple_New(2 + kUpstream));
@@ -53,7 +62,7 @@ struct LatentBackward final : Operation<LatentBackward, LatentParams, 6> {
   static constexpr const char* kName = "LatentBackward";
 
   static variable_list backward(const LatentTensors& inputs, const LatentParams& params, variable_list&& upstream,
-                                const std::vector<bool>& wanted) {
+                                Wanted wanted) {
     if (GradMode::is_enabled()) {  // create_graph=True
       return run_formula<6, LatentParams, 2>(formulas().latent, inputs, params,
                                              {std::move(upstream[0]), std::move(upstream[1])}, wanted);
@@ -93,7 +102,7 @@ struct LikelihoodBackward final : Operation<LikelihoodBackward, LikelihoodParams
   static constexpr const char* kName = "LikelihoodBackward";
 
   static variable_list backward(const LikelihoodTensors& inputs, const LikelihoodParams& params,
-                                variable_list&& upstream, const std::vector<bool>& wanted) {
+                                variable_list&& upstream, Wanted wanted) {
     if (!upstream[0].defined()) return variable_list(3);
     if (GradMode::is_enabled()) {
       return run_formula<4, LikelihoodParams, 1>(formulas().likelihood, inputs, params, {std::move(upstream[0])},
@@ -141,7 +150,7 @@ struct ElboBackward final : Operation<ElboBackward, ElboParams, 12> {
   static constexpr const char* kName = "ELBOBackward";
 
   static variable_list backward(const ElboSaved& tensors, const ElboParams& params, variable_list&& upstream,
-                                const std::vector<bool>& wanted) {
+                                Wanted wanted) {
     constexpr size_t kReconX = 0, kX = 1, kReconLogvar = 2, kMean = 3, kLogvar = 4, kKl = 5;
     variable_list result(6);
     const Tensor grad_loss = std::move(upstream[0]);
