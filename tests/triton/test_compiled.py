@@ -21,6 +21,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NVIDIA = tuple(target for target in aot.TARGETS if target.startswith("sm_"))
 AMD = tuple(target for target in aot.TARGETS if target.startswith("gfx"))
 
+
+def together(targets: tuple[str, ...]) -> list[object]:
+    """A target's tests go to one worker, which takes its code apart once."""
+    return [pytest.param(target, marks=pytest.mark.xdist_group(target)) for target in targets]
+
+
 # Shared memory: four warps' sums in the second stage of `tl.sum`, or a tile on its way between two
 # layouts.
 SHARED_SUMS, SHARED_TILE = 512, geometry.TILE * 8
@@ -92,7 +98,7 @@ ON_THE_STACK = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("target", together(NVIDIA))
 def test_nvidia_variants_neither_spill_nor_exceed_their_shared_memory(
     target: str, dtype: torch.dtype
 ) -> None:
@@ -111,7 +117,7 @@ def test_nvidia_variants_neither_spill_nor_exceed_their_shared_memory(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("target", together(NVIDIA))
 def test_every_access_of_an_aligned_main_loop_is_128_bits_wide(
     target: str, dtype: torch.dtype
 ) -> None:
@@ -130,7 +136,7 @@ def test_every_access_of_an_aligned_main_loop_is_128_bits_wide(
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("target", together(NVIDIA))
 def test_normals_are_made_where_they_are_used(target: str, dtype: torch.dtype) -> None:
     """No layout conversion through shared memory, and few enough registers for 1024 threads per
     multiprocessor.
@@ -231,7 +237,7 @@ def test_sums_are_added_in_one_layout_whatever_the_alignment() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", AMD)
+@pytest.mark.parametrize("target", together(AMD))
 def test_amd_variants_use_no_scratch_and_wide_accesses(target: str, dtype: torch.dtype) -> None:
     for variant in variants(target, dtype):
         counts = disassembly.amd(variant)
