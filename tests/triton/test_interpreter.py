@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 _QUICK = "not second_order and not compiled"
 
 #: Each group is one process. The rest of the suite of operations takes minutes on the interpreter,
-#: for finite differences and compilation: `pytest tests/ops --backends=triton` runs all of it.
+#: for finite differences, compilation and what opcheck asks of registrations that all backends
+#: share: `pytest tests/ops --backends=triton` runs all of it.
 #: First derivatives are compared with those of float64 here too.
 GROUPS = {
     "kernels": ["tests/triton/interpreted"],
@@ -23,7 +24,7 @@ GROUPS = {
     "parametrizations": ["tests/ops/test_parametrizations.py", "-k", _QUICK],
     "masks": ["tests/ops/test_masks.py", "-k", _QUICK],
     "noise": [f"tests/ops/test_{name}.py" for name in ("noise", "noise_key", "nonfinite")],
-    "integration": [f"tests/ops/test_{name}.py" for name in ("opcheck", "purity", "backends")],
+    "integration": [f"tests/ops/test_{name}.py" for name in ("purity", "backends")],
 }
 
 
