@@ -102,6 +102,9 @@ class Run:
     def _dtypes(self, workload: Workload, provider: Provider) -> tuple[str, ...]:
         if workload.curve and not provider.curve:
             return ()
+        if workload.curve and self.quick and provider.name == "compile":
+            self.skipped["compile, cost curves"] = "left out by --quick: ten seconds for each size"
+            return ()
         if workload.name not in _HALF_WORKLOADS:
             return ("float32",)
         if is_fused(provider.name) or (not self.quick and provider.name in _HALF_PROVIDERS):
