@@ -52,7 +52,7 @@ FAULTS = (
         "vector_ = inner_ == 1 && event_.size[last_] % unit == 0;",
         "vector_ = inner_ == 1;",
         "heap-buffer-overflow",
-        "address",
+        "address,undefined",
     ),
     Fault(
         "misaligned vector access",
@@ -60,7 +60,7 @@ FAULTS = (
         "v.element == 1 && reinterpret_cast<uintptr_t>(v.data) % 16 == 0",
         "v.element == 1",
         "misaligned address",
-        "undefined",
+        "address,undefined",
     ),
     Fault(
         "lost block in the final sum",

@@ -27,9 +27,8 @@ def run_driver(sanitize: str | None, *arguments: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("sanitize", ["address", "undefined"])
-def test_emulated_kernels_are_clean_and_right_in_every_order(sanitize: str) -> None:
-    done = run_driver(sanitize)
+def test_emulated_kernels_are_clean_and_right_in_every_order() -> None:
+    done = run_driver("address,undefined")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "ok\n"
 

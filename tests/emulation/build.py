@@ -22,8 +22,11 @@ ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "emulation"
 
 SANITIZERS = {
-    "address": ["-fsanitize=address", "-fno-omit-frame-pointer"],
-    "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=all"],
+    "address,undefined": [
+        "-fsanitize=address,undefined",
+        "-fno-omit-frame-pointer",
+        "-fno-sanitize-recover=all",
+    ],
     "thread": ["-fsanitize=thread", "-DFUSED_ELBO_EMULATED_THREADS"],
 }
 

@@ -27,6 +27,9 @@ def together(targets: tuple[str, ...]) -> list[object]:
     return [pytest.param(target, marks=pytest.mark.xdist_group(target)) for target in targets]
 
 
+on_sm_90 = pytest.mark.xdist_group("sm_90")
+
+
 # Shared memory: four warps' sums in the second stage of `tl.sum`, or a tile on its way between two
 # layouts.
 SHARED_SUMS, SHARED_TILE = 512, geometry.TILE * 8
@@ -34,12 +37,12 @@ SHARED_SUMS, SHARED_TILE = 512, geometry.TILE * 8
 
 #: What is compiled for a target: everything for sm_90, and elsewhere what shows whether its
 #: assembler spills or narrows. FUSED_ELBO_TEST_EVERY_VARIANT=1 compiles everything for all.
+EVERY_VARIANT = os.environ.get("FUSED_ELBO_TEST_EVERY_VARIANT") == "1"
 FURTHER = {"sm_80": ("common", "policies"), "sm_90": aot.CALLS, "gfx942": ("common", "policies")}
 
 
 def compiled_for(target: str, dtype: torch.dtype) -> Iterator[Variant]:
-    every = os.environ.get("FUSED_ELBO_TEST_EVERY_VARIANT") == "1"
-    kinds = aot.CALLS if every else FURTHER.get(target, ("common",))
+    kinds = aot.CALLS if EVERY_VARIANT else FURTHER.get(target, ("common",))
     return aot.compile_variants(target, (dtype,), kinds)
 
 
@@ -184,6 +187,7 @@ BUDGETS = [
 ]  # fmt: skip
 
 
+@on_sm_90
 @pytest.mark.parametrize(("dtype", "kernel", "name", "budget"), BUDGETS)
 def test_instructions_per_element_on_sm_90(
     dtype: torch.dtype, kernel: str, name: str, budget: float
@@ -193,18 +197,20 @@ def test_instructions_per_element_on_sm_90(
     assert budget / 3 < per_element <= budget
 
 
-def test_the_square_root_is_the_only_approximate_instruction() -> None:
+@pytest.mark.parametrize("target", together(("sm_80", "sm_90")))
+def test_the_square_root_is_the_only_approximate_instruction(target: str) -> None:
     """The bound on the normals allows for it (`interpreted/test_words.py`); any other would have to
     be allowed for too. float64 has none.
     """
     for dtype in DTYPES:
-        for variant in variants("sm_80", dtype) + variants("sm_90", dtype):
+        for variant in variants(target, dtype):
             ptx = variant.compiled.asm["ptx"]
             found = set(re.findall(r"^\s+(?:@\S+ )?(\S*\.(?:approx|full|ftz)\S*)", ptx, re.M))
             allowed = set() if dtype == torch.float64 else {"sqrt.approx.ftz.f32"}
             assert found <= allowed, (variant.name, found)
 
 
+@on_sm_90
 def test_philox_takes_one_wide_multiplication_per_product() -> None:
     variant = find("sm_90", torch.float32, "latent_forward_kernel", "sample, forward")
     loop = disassembly.nvidia(variant).loop
@@ -215,11 +221,13 @@ def test_philox_takes_one_wide_multiplication_per_product() -> None:
     assert 19 * counters <= wide <= 20 * counters
 
 
+@on_sm_90
 def test_the_compiler_may_not_fuse_what_is_not_written_fused() -> None:
     for variant in variants("sm_90", torch.float32):
         assert variant.compiled.metadata.enable_fp_fusion is False
 
 
+@on_sm_90
 def test_sums_are_added_in_one_layout_whatever_the_alignment() -> None:
     """The bits of a row's KL must not depend on where the row lies in memory; the order of `tl.sum`
     is its layout's.

@@ -18,13 +18,16 @@ _QUICK = "not second_order and not compiled"
 #: First derivatives are compared with those of float64 here too.
 GROUPS = {
     "kernels": ["tests/triton/interpreted"],
-    "values": [f"tests/ops/test_{name}.py" for name in ("values", "reductions", "dtypes")],
+    "values": [
+        f"tests/ops/test_{name}.py"
+        for name in ("values", "reductions", "dtypes", "elbo_loss", "modules", "errors")
+    ],
     "strides": [f"tests/ops/test_{name}.py" for name in ("strides", "diagonal_gaussian")],
-    "losses": [f"tests/ops/test_{name}.py" for name in ("elbo_loss", "modules", "errors")],
-    "parametrizations": ["tests/ops/test_parametrizations.py", "-k", _QUICK],
-    "masks": ["tests/ops/test_masks.py", "-k", _QUICK],
-    "noise": [f"tests/ops/test_{name}.py" for name in ("noise", "noise_key", "nonfinite")],
-    "integration": [f"tests/ops/test_{name}.py" for name in ("purity", "backends")],
+    "policies": ["tests/ops/test_parametrizations.py", "tests/ops/test_masks.py", "-k", _QUICK],
+    "noise": [
+        f"tests/ops/test_{name}.py"
+        for name in ("noise", "noise_key", "nonfinite", "purity", "backends")
+    ],
 }
 
 
