@@ -83,7 +83,7 @@ def test_every_provider_and_pass_of_a_workload_is_measured(tiny: tuple[Path, str
     found = {(r.workload, r.provider, r.which) for r in table.read(tiny[0] / "results.csv")}
     offered = {
         "latent-8x4": ("eager", "compile", "fused-cpu", "empty"),
-        "curve-latent-12": ("eager", "compile", "fused-cpu"),
+        "curve-latent-12": ("eager", "fused-cpu"),  # no torch.compile in the curves of --quick
     }
     assert found == {
         (w, p, t) for w, names in offered.items() for p in names for t in timing.PASSES
