@@ -25,7 +25,11 @@ Compute = Callable[[Inputs], Outputs]
 
 @dataclass(frozen=True)
 class Provider:
-    """name; what it is; why it cannot run here (None: it can); and how it computes a workload."""
+    """name; what it is; why it cannot run here (None: it can); and how it computes a workload.
+
+    quick, curve: whether it is part of --quick, and of the cost curves; slow_start: it takes
+    seconds before the first call of every size, too many for the curves of --quick.
+    """
 
     name: str
     what: str
@@ -33,6 +37,7 @@ class Provider:
     build: Callable[[Workload], Compute | None]
     quick: bool = False
     curve: bool = False
+    slow_start: bool = False
 
 
 def _runs(device: torch.device) -> None:
@@ -324,6 +329,7 @@ PROVIDERS: dict[str, Provider] = {
             functools.partial(_compiled, mode="default"),
             quick=True,
             curve=True,
+            slow_start=True,
         ),
         Provider(
             "compile-max",

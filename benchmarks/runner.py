@@ -62,6 +62,8 @@ class Run:
             elif (reason := provider.reason(self.device)) is not None:
                 self.skipped[name] = reason
             else:
+                if self.quick and provider.slow_start:
+                    self.skipped[f"{name}, cost curves"] = "left out by --quick"
                 yield provider
 
     def run(self, workload: Workload) -> list[Row]:
@@ -100,10 +102,7 @@ class Run:
         return rows
 
     def _dtypes(self, workload: Workload, provider: Provider) -> tuple[str, ...]:
-        if workload.curve and not provider.curve:
-            return ()
-        if workload.curve and self.quick and provider.name == "compile":
-            self.skipped["compile, cost curves"] = "left out by --quick: ten seconds for each size"
+        if workload.curve and (not provider.curve or (self.quick and provider.slow_start)):
             return ()
         if workload.name not in _HALF_WORKLOADS:
             return ("float32",)

@@ -113,8 +113,6 @@ FUSED_ELBO_INLINE WordVector join_low(WordVector even, WordVector odd) {
   return (WordVector)_mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, _MM_PERM_CCAA);
 #elif defined(__AVX2__)
   return (WordVector)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xaa);
-#elif defined(__SSE4_1__)
-  return (WordVector)_mm_blend_epi16((__m128i)even, (__m128i)(odd << 32), 0xcc);
 #else
   return (even & 0xffffffffu) | (odd << 32);
 #endif
@@ -124,8 +122,6 @@ FUSED_ELBO_INLINE WordVector join_high(WordVector even, WordVector odd) {
   return (WordVector)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, _MM_PERM_DDBB);
 #elif defined(__AVX2__)
   return (WordVector)_mm256_blend_epi32((__m256i)(even >> 32), (__m256i)odd, 0xaa);
-#elif defined(__SSE4_1__)
-  return (WordVector)_mm_blend_epi16((__m128i)(even >> 32), (__m128i)odd, 0xcc);
 #else
   return (even >> 32) | (odd & ~uint64_t{0xffffffffu});
 #endif

@@ -111,6 +111,7 @@ def test_what_is_skipped_is_said(tiny: tuple[Path, str]) -> None:
     folder, printed = tiny
     skipped = json.loads((folder / "environment.json").read_text())["skipped"]
     assert skipped["distributions"] == "left out by --quick"
+    assert skipped["compile, cost curves"] == "left out by --quick"
     if not torch.cuda.is_available():
         assert skipped["fused-cuda"]
     for name, reason in skipped.items():

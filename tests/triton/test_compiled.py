@@ -37,12 +37,12 @@ SHARED_SUMS, SHARED_TILE = 512, geometry.TILE * 8
 
 #: What is compiled for a target: everything for sm_90, and elsewhere what shows whether its
 #: assembler spills or narrows. FUSED_ELBO_TEST_EVERY_VARIANT=1 compiles everything for all.
-EVERY_VARIANT = os.environ.get("FUSED_ELBO_TEST_EVERY_VARIANT") == "1"
 FURTHER = {"sm_80": ("common", "policies"), "sm_90": aot.CALLS, "gfx942": ("common", "policies")}
 
 
 def compiled_for(target: str, dtype: torch.dtype) -> Iterator[Variant]:
-    kinds = aot.CALLS if EVERY_VARIANT else FURTHER.get(target, ("common",))
+    every = os.environ.get("FUSED_ELBO_TEST_EVERY_VARIANT") == "1"
+    kinds = aot.CALLS if every else FURTHER.get(target, ("common",))
     return aot.compile_variants(target, (dtype,), kinds)
 
 

@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[2]
 _QUICK = "not second_order and not compiled"
 
 #: Each group is one process. The rest of the suite of operations takes minutes on the interpreter,
-#: for finite differences, compilation and what opcheck asks of registrations that all backends
-#: share: `pytest tests/ops --backends=triton` runs all of it.
+#: for finite differences and compilation: `pytest tests/ops --backends=triton` runs all of it.
 #: First derivatives are compared with those of float64 here too.
 GROUPS = {
     "kernels": ["tests/triton/interpreted"],
@@ -24,10 +23,8 @@ GROUPS = {
     ],
     "strides": [f"tests/ops/test_{name}.py" for name in ("strides", "diagonal_gaussian")],
     "policies": ["tests/ops/test_parametrizations.py", "tests/ops/test_masks.py", "-k", _QUICK],
-    "noise": [
-        f"tests/ops/test_{name}.py"
-        for name in ("noise", "noise_key", "nonfinite", "purity", "backends")
-    ],
+    "noise": [f"tests/ops/test_{name}.py" for name in ("noise", "noise_key", "nonfinite")],
+    "integration": [f"tests/ops/test_{name}.py" for name in ("opcheck", "purity", "backends")],
 }
 
 
